@@ -1,0 +1,42 @@
+# Every target works on a machine with Python 3.10 or newer, git and make: the first one run creates .venv.
+# Options for a script go into ARGS:  make compare ARGS="--preset full"
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+ARGS ?=
+INSTALLED := .venv/.installed
+BIN := .venv/bin
+
+.PHONY: help compare test lint bench pretrain clean
+
+help:
+	@echo "make compare   train agents from the shipped base policy and compare them on held-out words (runs/)"
+	@echo "make test      run the tests"
+	@echo "make lint      run ruff and mypy"
+	@echo "make bench     time the environment, the reward, sampling and updates"
+	@echo "make pretrain  train the tokenizer and the base policy from scratch"
+	@echo "make clean     remove .venv and caches; runs/ stays"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+compare: $(INSTALLED)
+	$(BIN)/python examples/compare.py $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python examples/bench.py $(ARGS)
+
+pretrain: $(INSTALLED)
+	$(BIN)/python examples/pretrain.py $(ARGS)
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
