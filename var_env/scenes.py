@@ -1,0 +1,211 @@
+"""The world of VARText: pictures of words, their prompts and their boxes, drawn from a seed.
+
+A scene is a coloured ground with one word a line, in capitals of one colour. The prompt names all of it in plain
+English, with the words in double quotes::
+
+    A navy sign that says "KITE" above "RUN" in white letters
+
+Glyphs stand on a lattice of 8 pixels, the tokenizer's patch, and the colours come from a small palette that the
+prompt names: apart from the lines' heights, the prompt decides the picture. That is what lets a policy of a few
+million weights learn to spell on a CPU.
+
+Words come from a list and, half of the time, from the alphabet at random. Every word belongs to exactly one of the
+splits ``train``, ``val`` and ``test``, by a hash of its letters, so no seed can leak a held-out word into training.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from string import ascii_uppercase
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MAX_PROMPT_BYTES = 192
+LATTICE = 8  # px; glyph cells start on multiples of it
+CELL_WIDTH, CELL_HEIGHT = 16, 24  # px, the cell of one glyph: 2 x 3 lattice cells
+FONT_SIZE = 26  # px; the advance of DejaVu Sans Mono Bold at this size fills the cell's width
+RANDOM_LETTERS = ascii_uppercase.replace("O", "")  # OCR takes O for 0 where no word tells them apart
+SPLITS = ("train", "val", "test")
+PALETTE = {
+    "dark": {"black": (20, 20, 24), "navy": (16, 32, 96), "maroon": (104, 16, 32), "green": (8, 72, 40)},
+    "light": {"white": (244, 244, 240), "yellow": (248, 216, 64), "pink": (248, 176, 200), "cyan": (120, 224, 240)},
+}
+TEMPLATES = (
+    "A {ground} sign that says {words} in {ink} letters",
+    "{words} in {ink} on a {ground} wall",
+    "A {ground} poster with the text {words} in {ink}",
+)
+_QUOTED = re.compile(r'"([^"]+)"')
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One prompt with its target words and, when it was drawn by :class:`World`, the layout that shows them.
+
+    Attributes:
+        prompt: plain English, at most ``MAX_PROMPT_BYTES`` bytes in UTF-8, the words in double quotes.
+        words: the target words, top to bottom.
+        boxes: one ``(x0, y0, x1, y1)`` a word, in pixels, half open; empty for a scene made from a prompt alone.
+        size: height and width of the picture in pixels.
+        ink, ground: RGB colours, 0 to 255.
+    """
+
+    prompt: str
+    words: tuple[str, ...]
+    boxes: tuple[tuple[int, int, int, int], ...] = ()
+    size: int = 64
+    ink: tuple[int, int, int] = (0, 0, 0)
+    ground: tuple[int, int, int] = (255, 255, 255)
+
+
+class World:
+    """Draws scenes of one split.
+
+    Args:
+        size: the picture's height and width in pixels, a multiple of 8, at least 48.
+        split: ``"train"``, ``"val"`` or ``"test"``; no word is in two of them.
+        regions: the profile of the number of words a picture, as in the paper's appendix C: a mapping from a
+            count to its probability. At 64 pixels one or two words fit, at 128 up to five.
+        placement: ``"free"`` draws the lines' heights, so that the coarse grids have a layout to decide; ``"even"``
+            spreads them over the height, one alone in the middle, and then the prompt decides the picture.
+
+    Raises:
+        ValueError: an unknown split or placement, a size off the lattice, or a profile that is empty, does not sum
+            to one, or asks for more words than fit.
+
+    Example:
+        >>> scene = World().sample(np.random.default_rng(3))
+        >>> scene.prompt
+        'A navy sign that says "ELK" above "WHGD" in yellow letters'
+    """
+
+    def __init__(
+        self,
+        size: int = 64,
+        split: str = "train",
+        regions: Mapping[int, float] | None = None,
+        placement: str = "free",
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+        if placement not in ("even", "free"):
+            raise ValueError(f"unknown placement {placement!r}: choose 'even' or 'free'")
+        if size % LATTICE or size < 2 * CELL_HEIGHT:
+            raise ValueError(f"size must be a multiple of {LATTICE} px and at least {2 * CELL_HEIGHT}, got {size}")
+        self.size, self.split, self.placement = size, split, placement
+        self.max_letters = min(8, size // CELL_WIDTH)
+        profile = {int(count): float(p) for count, p in (regions or {1: 0.5, 2: 0.5}).items()}
+        most = size // CELL_HEIGHT
+        if any(not 1 <= count <= most for count in profile):
+            raise ValueError(f"regions must lie in 1..{most} at {size} px, got the counts {sorted(profile)}")
+        if min(profile.values()) < 0 or abs(sum(profile.values()) - 1) > 1e-6:
+            raise ValueError(f"regions must map counts to probabilities that sum to 1, got {profile}")
+        self.regions = profile
+        self._words = word_list(split, self.max_letters)
+
+    def sample(self, rng: np.random.Generator) -> Scene:
+        """Draw one scene; the same generator state gives the same scene."""
+        count = int(rng.choice(list(self.regions), p=list(self.regions.values())))
+        words = tuple(self._sample_word(rng) for _ in range(count))
+        dark_ground = bool(rng.integers(2))
+        ground = str(rng.choice(list(PALETTE["dark" if dark_ground else "light"])))
+        ink = str(rng.choice(list(PALETTE["light" if dark_ground else "dark"])))
+        template = TEMPLATES[rng.integers(len(TEMPLATES))]
+        prompt = template.format(words=" above ".join(f'"{word}"' for word in words), ink=ink, ground=ground)
+        colours = PALETTE["dark"] | PALETTE["light"]
+        return Scene(prompt, words, self._place(words, rng), self.size, colours[ink], colours[ground])
+
+    def _sample_word(self, rng: np.random.Generator) -> str:
+        """A listed word or, half of the time, random letters whose hash falls into this split."""
+        if rng.random() < 0.5:
+            return self._words[rng.integers(len(self._words))]
+        length = int(rng.integers(3, self.max_letters + 1))
+        while True:
+            word = "".join(RANDOM_LETTERS[i] for i in rng.integers(len(RANDOM_LETTERS), size=length))
+            if split_of(word) == self.split:
+                return word
+
+    def _place(self, words: tuple[str, ...], rng: np.random.Generator) -> tuple[tuple[int, int, int, int], ...]:
+        """One box a word, centred, at the lattice rows that ``_rows`` gives."""
+        boxes = []
+        for word, row in zip(words, self._rows(len(words), rng), strict=True):
+            x = (self.size - len(word) * CELL_WIDTH) // 2 // LATTICE * LATTICE
+            boxes.append((x, row * LATTICE, x + len(word) * CELL_WIDTH, row * LATTICE + CELL_HEIGHT))
+        return tuple(boxes)
+
+    def _rows(self, lines: int, rng: np.random.Generator) -> list[int]:
+        """The lattice row at which each line starts."""
+        height = CELL_HEIGHT // LATTICE
+        free = self.size // LATTICE - lines * height  # rows without text
+        if self.placement == "even":
+            above = [free // 2] if lines == 1 else [free * line // (lines - 1) for line in range(lines)]
+            return [above[line] + line * height for line in range(lines)]
+        apart = 1 if free >= lines - 1 else 0  # an empty row between neighbours
+        cuts = np.sort(rng.integers(free - apart * (lines - 1) + 1, size=lines))
+        return [int(cuts[line]) + line * (height + apart) for line in range(lines)]
+
+
+def render(scene: Scene) -> np.ndarray:
+    """Draw a scene that has a layout: uint8 ``(size, size, 3)``, RGB."""
+    if len(scene.boxes) != len(scene.words):
+        raise ValueError(f"this scene has no layout to draw (made from the prompt alone?): {scene.prompt!r}")
+    coverage = np.zeros((scene.size, scene.size, 1), np.float32)  # 1 where ink lies
+    for word, (x, y, _, y_end) in zip(scene.words, scene.boxes, strict=True):
+        for i, letter in enumerate(word):
+            left = x + i * CELL_WIDTH
+            coverage[y:y_end, left : left + CELL_WIDTH, 0] = glyph(letter)
+    ink, ground = np.array(scene.ink, np.float32), np.array(scene.ground, np.float32)
+    return np.rint(ground + coverage * (ink - ground)).astype(np.uint8)
+
+
+def quoted_words(prompt: str) -> tuple[str, ...]:
+    """The words in double quotes, in order; text in quotes is split at white space."""
+    words = tuple(word for text in _QUOTED.findall(prompt) for word in text.split())
+    if not words:
+        raise ValueError(f'the prompt names no word in double quotes, such as A sign that says "RUN": {prompt!r}')
+    return words
+
+
+def encode_prompt(prompt: str) -> np.ndarray:
+    """UTF-8 bytes, padded with zeros: uint8 ``(MAX_PROMPT_BYTES,)``. ``ValueError`` when the prompt is too long."""
+    data = prompt.encode()
+    if len(data) > MAX_PROMPT_BYTES:
+        raise ValueError(f"the prompt has {len(data)} bytes, at most {MAX_PROMPT_BYTES} fit: {prompt!r}")
+    padded = np.zeros(MAX_PROMPT_BYTES, np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    return padded
+
+
+def scene_from_prompt(prompt: str, size: int = 64) -> Scene:
+    """A scene to be drawn by a policy: the prompt's words and no layout."""
+    encode_prompt(prompt)
+    return Scene(prompt, quoted_words(prompt), size=size)
+
+
+def split_of(word: str) -> str:
+    """The split that a word belongs to, by hash: 80 % train, 10 % val, 10 % test. Case does not matter."""
+    bucket = int.from_bytes(hashlib.sha256(word.upper().encode()).digest()[:4], "big") % 10
+    return "val" if bucket == 8 else "test" if bucket == 9 else "train"
+
+
+@functools.cache
+def word_list(split: str, max_letters: int) -> tuple[str, ...]:
+    """The listed words of a split with 3 to ``max_letters`` letters, in capitals."""
+    words = (resources.files("var_env") / "assets" / "words.txt").read_text().split()
+    return tuple(word for word in words if 3 <= len(word) <= max_letters and split_of(word) == split)
+
+
+@functools.cache
+def glyph(letter: str) -> np.ndarray:
+    """Ink coverage of one glyph cell: float32 ``(24, 16)`` in [0, 1]."""
+    with resources.as_file(resources.files("var_env") / "assets" / "DejaVuSansMono-Bold.ttf") as path:
+        font = ImageFont.truetype(str(path), FONT_SIZE)
+    cell = Image.new("L", (CELL_WIDTH, CELL_HEIGHT))
+    ImageDraw.Draw(cell).text((CELL_WIDTH / 2, CELL_HEIGHT - 3), letter, fill=255, font=font, anchor="ms")
+    return np.asarray(cell, np.float32) / 255
