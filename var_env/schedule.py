@@ -1,0 +1,90 @@
+"""The schedule of token grids, coarse to fine, and the paper's split points (Table 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScaleSchedule:
+    """T token grids ``r_1..r_T``, laid one after the other on a flat axis of ``L`` tokens, each grid row by row.
+
+    Args:
+        grids: ``(h, w)`` of every grid, coarse to fine. The last one is the canvas and no other may exceed it.
+        patch: pixels along one side of a token of the last grid; the picture is ``(H * patch, W * patch)``.
+
+    Raises:
+        ValueError: no grid, a size below 1, or a grid larger than the last one.
+
+    Example:
+        >>> schedule = ScaleSchedule([(1, 1), (2, 2), (4, 4)], patch=16)
+        >>> len(schedule), schedule.total_tokens, schedule.slices[1]
+        (3, 21, slice(1, 5, None))
+        >>> schedule.split(resolution=32)
+        2
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    patch: int
+
+    def __init__(self, grids: Iterable[Sequence[int]], patch: int = 16) -> None:
+        pairs = tuple(tuple(int(side) for side in grid) for grid in grids)
+        if not pairs or any(len(grid) != 2 or min(grid) < 1 for grid in pairs):
+            raise ValueError(f"a schedule needs at least one grid, each (h, w) with both at least 1, got {pairs}")
+        if any(h > pairs[-1][0] or w > pairs[-1][1] for h, w in pairs):
+            raise ValueError(f"no grid may be larger than the last one, {pairs[-1]}, got {pairs}")
+        if patch < 1:
+            raise ValueError(f"patch must be at least 1 pixel, got {patch}")
+        object.__setattr__(self, "grids", pairs)
+        object.__setattr__(self, "patch", int(patch))
+
+    def __len__(self) -> int:
+        """T, the number of grids."""
+        return len(self.grids)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """``n_t = h_t * w_t``, the tokens of each grid."""
+        return tuple(h * w for h, w in self.grids)
+
+    @cached_property
+    def total_tokens(self) -> int:
+        """``L``, the tokens of all grids together."""
+        return sum(self.sizes)
+
+    @cached_property
+    def slices(self) -> tuple[slice, ...]:
+        """Where each grid lies on the flat axis of L tokens."""
+        ends = [sum(self.sizes[: t + 1]) for t in range(len(self))]
+        return tuple(slice(end - size, end) for size, end in zip(self.sizes, ends, strict=True))
+
+    def split(self, resolution: int) -> int:
+        """The middle step m: how many grids the prefix has when its last one first shows ``resolution`` pixels.
+
+        A grid shows its longer side times ``patch``. This is the paper's Table 6, where the patch is 16 pixels:
+        the 256-pixel prefix of the 1024-pixel schedule ends with the (16, 16) grid, so ``m_256 = 12``.
+
+        Raises:
+            ValueError: no grid shows that resolution; the message lists those that the schedule has.
+        """
+        resolutions = [max(grid) * self.patch for grid in self.grids]
+        if resolution not in resolutions:
+            available = ", ".join(str(r) for r in sorted(set(resolutions)))
+            raise ValueError(f"no grid of this schedule shows {resolution} pixels: choose one of {available}")
+        return resolutions.index(resolution) + 1
+
+    def split_grids(self, flat: Tensor) -> list[Tensor]:
+        """Cut ``(B, L, ...)`` into T views ``(B, n_t, ...)``."""
+        if flat.shape[1] != self.total_tokens:
+            raise ValueError(f"the flat axis must hold L = {self.total_tokens} tokens, got {tuple(flat.shape)}")
+        return list(flat.split(self.sizes, dim=1))
+
+    @staticmethod
+    def join(grids: Sequence[Tensor]) -> Tensor:
+        """Lay grids ``(B, n_t, ...)`` one after the other, ``(B, sum n_t, ...)``; the inverse of ``split_grids``."""
+        return torch.cat(list(grids), dim=1)

@@ -1,0 +1,252 @@
+"""The visual tokenizer: VAR's multi-scale residual vector quantiser (Tian et al., 2024, arXiv 2404.02905).
+
+An image becomes T token grids, coarse to fine, that share one codebook. Encoding walks the scales::
+
+    residual = features                                        # (B, C, H, W)
+    for t:  a_t      = nearest codes of area_downsample(residual, h_t x w_t)
+            residual = residual - phi_t(upsample(codebook[a_t]))
+
+and decoding adds the same terms up on a *canvas*, the accumulated feature map of the tokens so far, which a small
+convolutional network turns into pixels at any t. The canvas is the whole state of the picture: policies read
+their input from it, and a fork copies it.
+
+Images are cut into 8-pixel patches by a reshape, and all convolutions run on the 8 x 8 patch grid, which makes it
+cheap on a CPU. Everything here is a pure function of its inputs; nothing changes a canvas in place.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from var_env.schedule import ScaleSchedule
+
+DEFAULT_SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8)], patch=8)  # 130 tokens
+
+
+class Tokenizer(nn.Module):
+    """Images to token grids and back. ``D`` (codes a position) is 1; grids are int64 ``(B, n_t, 1)``.
+
+    Args:
+        schedule: the grids; the last one times ``schedule.patch`` is the image size in pixels.
+        vocab_size: codes in the shared codebook, ``V``.
+        channels: channels of a code and of the canvas, ``C``.
+        width: channels of the convolutional encoder and decoder.
+        blocks: residual blocks in each of them.
+    """
+
+    depth = 1
+
+    def __init__(
+        self,
+        schedule: ScaleSchedule = DEFAULT_SCHEDULE,
+        vocab_size: int = 512,
+        channels: int = 16,
+        width: int = 128,
+        blocks: int = 2,
+    ) -> None:
+        super().__init__()
+        self.schedule, self.vocab_size, self.channels = schedule, vocab_size, channels
+        self.config = {
+            "grids": [list(grid) for grid in schedule.grids],
+            "patch": schedule.patch,
+            "vocab_size": vocab_size,
+            "channels": channels,
+            "width": width,
+            "blocks": blocks,
+        }
+        pixels = 3 * schedule.patch**2
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(schedule.patch),
+            nn.Conv2d(pixels, width, 1),
+            *(ResidualBlock(width) for _ in range(blocks)),
+            nn.Conv2d(width, channels, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(channels, width, 1),
+            *(ResidualBlock(width) for _ in range(blocks)),
+            nn.Conv2d(width, pixels, 1),
+            nn.PixelShuffle(schedule.patch),
+        )
+        self.phi = nn.ModuleList(Phi(channels) for _ in schedule.grids)
+        self.codebook: Tensor
+        self.register_buffer("codebook", torch.randn(vocab_size, channels))  # (V, C)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.schedule.grids[-1][0] * self.schedule.patch
+
+    @property
+    def device(self) -> torch.device:
+        return self.codebook.device
+
+    # The interface that any VAR model can fill --------------------------------------------------------------------
+
+    def blank(self, batch: int) -> Tensor:
+        """The canvas before any token: zeros ``(B, C, H, W)``."""
+        height, width = self.schedule.grids[-1]
+        return torch.zeros(batch, self.channels, height, width, device=self.device)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """uint8 images ``(B, S, S, 3)`` to T grids ``(B, n_t, 1)``."""
+        return self.quantise(self.features(to_unit(images)))[0]
+
+    def write(self, t: int, canvas: Tensor, grid: Tensor) -> Tensor:
+        """A new canvas with grid t ``(B, n_t, 1)`` added."""
+        return canvas + self.contribution(t, grid)
+
+    def read(self, t: int, canvas: Tensor) -> Tensor:
+        """What a policy sees before it predicts grid t: the canvas at that grid's size, ``(B, n_t, C)``."""
+        return F.adaptive_avg_pool2d(canvas, self.schedule.grids[t]).flatten(2).transpose(1, 2)
+
+    def embed(self, t: int, grid: Tensor) -> Tensor:
+        """Code vectors of grid t, ``(B, n_t, C)``."""
+        return F.embedding(grid.squeeze(-1), self.codebook)
+
+    @torch.no_grad()
+    def decode(self, canvas: Tensor) -> Tensor:
+        """The picture of a canvas at any t: uint8 ``(B, S, S, 3)``."""
+        return from_unit(self.decoder(canvas))
+
+    # Its parts, which pretraining uses too -----------------------------------------------------------------------
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1], ``(B, 3, S, S)``, to the feature map ``(B, C, H, W)``."""
+        return self.encoder(images)
+
+    def contribution(self, t: int, grid: Tensor) -> Tensor:
+        """What grid t adds to the canvas, ``(B, C, H, W)``."""
+        return self.spread(t, self.embed(t, grid))
+
+    def spread(self, t: int, codes: Tensor) -> Tensor:
+        """Code vectors ``(B, n_t, C)`` upsampled to the canvas and smoothed by phi_t, ``(B, C, H, W)``."""
+        coarse = codes.transpose(1, 2).unflatten(2, self.schedule.grids[t])  # (B, C, h_t, w_t)
+        return self.phi[t](F.interpolate(coarse, size=self.schedule.grids[-1], mode="bilinear", align_corners=False))
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Indices of the nearest codes, ``(..., C)`` to int64 ``(..., 1)``."""
+        scores = vectors @ self.codebook.T - self.codebook.square().sum(-1) / 2  # (..., V); |v|^2 is common to all
+        return scores.argmax(-1, keepdim=True)
+
+    @torch.no_grad()
+    def quantise(
+        self, features: Tensor, swap: float = 0.0, generator: torch.Generator | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Features ``(B, C, H, W)`` to T grids written on the canvas and T grids of labels, each ``(B, n_t, 1)``.
+
+        The two are the same unless ``swap`` is above 0: then that fraction of the written codes is replaced by one
+        of the label's 16 nearest neighbours, and the later grids quantise what the swap left over. A policy that is
+        trained on such grids sees its own kind of mistake and learns to correct it at the next scale (exposure
+        bias; the idea is Infinity's bitwise self-correction, arXiv 2412.04431).
+        """
+        near = self._neighbours(16) if swap > 0 else None  # (V, 16)
+        written, labels, residual = [], [], features
+        for t in range(len(self.schedule)):
+            label = grid = self.nearest(self.read(t, residual))
+            if near is not None:
+                pick = torch.randint(near.shape[1], grid.shape, generator=generator, device=grid.device)
+                flip = torch.rand(grid.shape, generator=generator, device=grid.device) < swap
+                grid = torch.where(flip, near[label.squeeze(-1)].gather(-1, pick), label)
+            residual = residual - self.contribution(t, grid)
+            written.append(grid)
+            labels.append(label)
+        return written, labels
+
+    def _neighbours(self, count: int) -> Tensor:
+        """The codes nearest to each code, itself left out: int64 ``(V, count)``, fewer in a smaller codebook."""
+        distances = torch.cdist(self.codebook, self.codebook).fill_diagonal_(torch.inf)
+        return distances.topk(min(count, self.vocab_size - 1), largest=False).indices
+
+    # Files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, half: bool = False) -> None:
+        """Write weights and configuration to one safetensors file; ``half`` halves it (bfloat16)."""
+        save_module(self, path, half)
+
+    @classmethod
+    def load(cls, path: str | Path | None = None) -> Tokenizer:
+        """Read a file that :meth:`save` wrote; without a path, the shipped weights. Frozen, in eval mode."""
+        with resources.as_file(resources.files("var_env") / "assets" / "tokenizer.safetensors") as shipped:
+            config, weights = load_config_and_weights(path or shipped, "examples/pretrain.py tokenizer")
+        schedule = ScaleSchedule(config.pop("grids"), config.pop("patch"))
+        tokenizer = cls(schedule, **config)
+        load_weights(tokenizer, weights, path or "the shipped tokenizer")
+        return tokenizer.eval().requires_grad_(False)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(gelu(conv(gelu(norm(x))))), on the patch grid."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.gelu(self.conv1(F.gelu(self.norm(x)))))
+
+
+class Phi(nn.Module):
+    """VAR's phi: half the upsampled codes, half a 3 x 3 convolution of them, to undo the upsampling's blur."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x + 0.5 * self.conv(x)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 ``(B, S, S, 3)`` to float in [-1, 1], ``(B, 3, S, S)``."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def from_unit(images: Tensor) -> Tensor:
+    """Float ``(B, 3, S, S)`` to uint8 ``(B, S, S, 3)``, clipped."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def save_module(module: nn.Module, path: str | Path, half: bool = False) -> None:
+    """Write a module's state dict, with its ``config`` in the metadata, to one safetensors file."""
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
+    if half:
+        weights = {name: w.bfloat16() if w.is_floating_point() else w for name, w in weights.items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, path, metadata={"config": json.dumps(module.config)})
+
+
+def load_config_and_weights(path: str | Path, maker: str) -> tuple[dict, dict[str, Tensor]]:
+    """Read a file that :func:`save_module` wrote; floating-point weights come back as float32.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message names the command that makes one.
+        ValueError: the file is not such a file, or it is cut short.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights at {path}: give the path of a .safetensors file, or make one with {maker}")
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads(file.metadata()["config"])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"cannot read weights from {path}, corrupt or not made by {maker}: {error}") from error
+    return config, {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """``load_state_dict`` with one clear error: ``ValueError`` naming the source and what does not fit."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {source} do not fit their own configuration: {error}") from error
