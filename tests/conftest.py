@@ -1,0 +1,47 @@
+"""Small stand-ins for the shipped parts, for tests that are not about pictures that can be read."""
+
+import numpy as np
+import pytest
+import torch
+
+from rewards.base import Reward, RewardOutput
+from var_env import ScaleSchedule, Tokenizer
+
+
+class Brightness(Reward):
+    """Scores the mean brightness of the image and claims to have read a fixed word; counts its calls."""
+
+    name = "brightness"
+
+    def __init__(self):
+        self.calls = 0
+
+    def score(self, images, scenes):
+        self.calls += 1
+        mean = images.mean((1, 2, 3)).astype(np.float32) / 255
+        box = np.array([[0, 0, 8, 8]], np.float32)
+        count = len(images)
+        return RewardOutput(mean, {"mean": mean}, [["SEEN"]] * count, [[0.5]] * count, [box] * count)
+
+
+@pytest.fixture
+def schedule():
+    return ScaleSchedule([(1, 1), (2, 2), (4, 4)], patch=16)  # 64 px, 21 tokens
+
+
+@pytest.fixture
+def tokenizer(schedule):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Tokenizer(schedule, vocab_size=32, channels=4, width=8, blocks=1).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def reward():
+    return Brightness()
+
+
+@pytest.fixture
+def parts(tokenizer, reward):
+    """Keyword arguments of an environment with the small tokenizer and the toy reward."""
+    return {"tokenizer": tokenizer, "reward": reward}

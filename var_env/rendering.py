@@ -1,0 +1,74 @@
+"""Frames of an episode: the picture as decoded so far beside the token grids, or the same as a few lines of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from var_env.mdp import State, row_of
+from var_env.tokenizer import Tokenizer
+
+FRAME = 256  # px, the least height of a frame
+GAP = 4  # px around each grid
+PAPER = 32  # grey level behind the grids; a grid that is still to come stays a little lighter
+SHOWN = 12  # tokens of a grid that a line of text shows
+
+
+def rgb_frame(tokenizer: Tokenizer, state: State, row: int) -> np.ndarray:
+    """Picture and grids side by side: uint8 ``(P, P + panel, 3)``, of the same size at every step."""
+    if state.outcome is not None:
+        image = state.outcome["image"][row]
+    else:
+        image = tokenizer.decode(state.canvas[row : row + 1])[0].cpu().numpy()  # (S, S, 3)
+    zoom = max(1, FRAME // len(image))
+    picture = image.repeat(zoom, axis=0).repeat(zoom, axis=1)  # (P, P, 3)
+    return np.concatenate([picture, _grid_panel(tokenizer, state, row, len(picture))], axis=1)
+
+
+def text_frame(tokenizer: Tokenizer, state: State, row: int) -> str:
+    """Scale, prompt and one line a grid; at the end also the score and the text that was read."""
+    schedule = tokenizer.schedule
+    lines = [f"VARText  scale {state.t} of {len(schedule)}  {state.scenes[row].prompt}"]
+    for t, (h, w) in enumerate(schedule.grids):
+        tokens = [str(token) for token in state.tokens[row, schedule.slices[t]]] if t < state.t else ["."]
+        more = f" ... ({len(tokens)} tokens)" if len(tokens) > SHOWN else ""
+        lines.append(f"{h}x{w}".rjust(7) + "  " + " ".join(tokens[:SHOWN]) + more)
+    if state.outcome is not None:
+        end = row_of(state.outcome, row)
+        lines.append(f"  score {end['score']:.3f}  read {_quoted(end)}")
+    return "\n".join(lines)
+
+
+def _quoted(end: Mapping[str, Any]) -> str:
+    return " ".join(f'"{word}"' for word in end["words_read"]) or "nothing"
+
+
+def _grid_panel(tokenizer: Tokenizer, state: State, row: int, height: int) -> np.ndarray:
+    """The T grids as colour tiles, a colour a code, in reading order: uint8 ``(height, panel, 3)``."""
+    schedule = tokenizer.schedule
+    columns = math.ceil(math.sqrt(len(schedule)))
+    cell = height // math.ceil(len(schedule) / columns)
+    side = max(cell - 2 * GAP, 1)
+    panel = np.full((height, columns * cell, 3), PAPER, np.uint8)
+    for t, (h, w) in enumerate(schedule.grids):
+        top, left = GAP + t // columns * cell, GAP + t % columns * cell
+        tile = panel[top : top + side, left : left + side]
+        if t < state.t:
+            colours = _palette(tokenizer.vocab_size)[state.tokens[row, schedule.slices[t]].reshape(h, w)]
+            tile[:] = colours[np.arange(side) * h // side][:, np.arange(side) * w // side]
+        else:
+            tile[:] = PAPER + 16
+    return panel
+
+
+@lru_cache(maxsize=4)
+def _palette(vocab_size: int) -> np.ndarray:
+    """One colour a code, neighbours in the codebook far apart in hue: uint8 ``(V, 3)``."""
+    code = np.arange(vocab_size)[:, None]
+    hue, value = code * 0.618034 % 1, 0.55 + 0.45 * (code * 0.754878 % 1)
+    wave = 0.5 + 0.5 * np.cos(2 * np.pi * (hue + np.array([0, 1 / 3, 2 / 3])))
+    return (255 * value * wave).astype(np.uint8)
