@@ -1,0 +1,122 @@
+"""The protocol of a VAR policy: what an agent may ask of any next-scale model.
+
+A policy predicts grid t from the prompt and the grids before it. It reads the grids through the tokenizer's canvas
+(``tokenizer.read``), so the agent keeps no model-specific input. Two paths give the same logits, up to rounding:
+
+- **cached**, for sampling: ``begin``, then ``step`` for t = 0, 1, ...; ``fork`` branches the cache.
+- **teacher-forced**, for learning: ``forward`` and ``evaluate``, differentiable, over any range of scales at once.
+
+A raster autoregressive model is the case of 1x1 grids. Sampling (temperature, guidance, ...) is not a policy's
+matter: see ``agents/sampling.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from var_env.schedule import ScaleSchedule
+from var_env.tokenizer import Tokenizer
+
+
+class Policy(nn.Module, ABC):
+    """Base class of the backbones. ``B`` batch, ``n_t`` tokens of grid t, ``D`` codes a token, ``V`` vocabulary.
+
+    The tokenizer is frozen and shared, and so is kept out of ``parameters()`` and ``state_dict()``.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        object.__setattr__(self, "tokenizer", tokenizer)  # past nn.Module, which would register it
+
+    tokenizer: Tokenizer
+    config: dict[str, Any]
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        return self.tokenizer.schedule
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    # Conditions: a NamedTuple of tensors, batch first ------------------------------------------------------------
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Any:
+        """The condition of B prompts. Holds inputs and no activations, so it stays valid while weights change."""
+
+    @abstractmethod
+    def null_cond(self, cond: Any) -> Any:
+        """The empty condition for classifier-free guidance, of the same batch."""
+
+    @staticmethod
+    def take(cond: Any, index: Tensor) -> Any:
+        """Rows of a condition; ``index`` is int64 and may repeat, reorder and drop."""
+        return type(cond)(*(part.index_select(0, index) for part in cond))
+
+    # The cached path ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def begin(self, cond: Any) -> Any:
+        """The cache before grid 0."""
+
+    @abstractmethod
+    def step(self, cache: Any, t: int, features: Tensor, previous: Tensor | None) -> tuple[Tensor, Any]:
+        """Logits of grid t, fp32 ``(B, n_t, D, V)``, and the cache that has seen its input.
+
+        Args:
+            features: ``tokenizer.read(t, canvas)``, ``(B, n_t, C)``.
+            previous: grid t - 1 ``(B, n_{t-1}, D)``, for models that embed codes themselves; ``None`` at t = 0.
+
+        A step uses the cache up: to continue twice from one point, ``fork`` before.
+        """
+
+    @abstractmethod
+    def fork(self, cache: Any, index: Tensor) -> Any:
+        """Rows of a cache, copied; one gather repeats, reorders and drops."""
+
+    # The teacher-forced path -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def forward(self, cond: Any, grids: Sequence[Tensor], steps: range) -> Tensor:
+        """Logits of the grids in ``steps``, fp32 ``(B, sum n_t, D, V)``, in order.
+
+        Only the grids before ``max(steps)`` are read, and no scale after it is computed.
+        """
+
+    def evaluate(self, cond: Any, grids: Sequence[Tensor], steps: range) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the given grids and the entropy at each token, fp32 ``(B, sum n_t, D)``, in nats.
+
+        Conditional and untruncated, whatever the sampler did: the one source of old, new and reference
+        log-probabilities.
+        """
+        chosen = torch.cat([grids[t] for t in steps], dim=1)  # (B, n, D)
+        logp = self(cond, grids, steps).log_softmax(-1)  # (B, n, D, V)
+        entropy = -(logp.exp() * logp).sum(-1)
+        return logp.gather(-1, chosen.unsqueeze(-1)).squeeze(-1), entropy
+
+    def teacher_features(self, grids: Sequence[Tensor], steps: range, batch: int) -> list[Tensor]:
+        """``tokenizer.read(t, canvas)`` for t = 0 .. max(steps), each ``(B, n_t, C)``, from the grids before t."""
+        canvas = self.tokenizer.blank(batch)
+        features = [self.tokenizer.read(0, canvas)]
+        for t in range(steps[-1]):
+            canvas = self.tokenizer.write(t, canvas, grids[t])
+            features.append(self.tokenizer.read(t + 1, canvas))
+        return features
+
+    # Files -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def save(self, path: str | Path) -> None:
+        """Write weights and configuration to one safetensors file."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: str | Path | None = None, tokenizer: Tokenizer | None = None) -> Policy:
+        """Read a file that :meth:`save` wrote, onto the given tokenizer."""

@@ -1,0 +1,275 @@
+"""The default policy: a small decoder over scales, causal between scales and full within one.
+
+Image tokens attend to each other and, in the same softmax, to the prompt's bytes. The prompt runs through a text
+encoder of its own (one transformer block) and enters every layer as keys and values only, so that a step costs
+little more than its image tokens.
+
+Spelling is the hard part of text-to-image. The encoder therefore sees for every byte inside quotes which quoted word
+it belongs to and how far from that word's middle it stands, two facts that a reader of the bytes can count off; see
+`byte_features`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agents.policies.base import Policy
+from var_env.scenes import MAX_PROMPT_BYTES, encode_prompt
+from var_env.tokenizer import Tokenizer, load_config_and_weights, load_weights, save_module
+
+START = 1  # the byte value of the start-of-text token; 0 pads
+MAX_WORDS, MAX_PLACE = 8, 16
+
+
+class Cond(NamedTuple):
+    """Prompts as integers, each ``(B, P)`` int64, P the longest prompt of the batch plus the start token."""
+
+    bytes: Tensor  # 0 pads
+    word: Tensor  # 0 outside quotes, else 1 + the word's index
+    place: Tensor  # 0 outside quotes, else the letter's place from the word's middle, in half letters, + MAX_PLACE
+
+
+class Cache(NamedTuple):
+    """Keys and values so far. ``N`` layers, ``A`` heads, ``E`` channels a head."""
+
+    keys: Tensor  # (N, B, A, P + L, E): the prompt's, then the image tokens', preallocated
+    values: Tensor  # (N, B, A, P + L, E)
+    text_bias: Tensor  # (B, 1, 1, P): 0 where a byte is, -inf where padding is
+
+
+class VARTextPolicy(Policy):
+    """A block-causal transformer over the token grids of a tokenizer, with a byte-level prompt.
+
+    Args:
+        tokenizer: gives schedule, vocabulary and the features that are read from the canvas.
+        width, layers, heads: the decoder's size; `width` is divisible by `2 * heads`.
+        precision: "bf16" runs the matrix products under autocast, "fp32" does not, "auto" takes bf16 where the
+            processor has it in hardware. Logits and log-probabilities are fp32 in any case.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, width: int = 256, layers: int = 6, heads: int = 4, precision: str = "auto"
+    ) -> None:
+        super().__init__(tokenizer)
+        if precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"precision must be 'auto', 'bf16' or 'fp32', got {precision!r}")
+        self.config = {"width": width, "layers": layers, "heads": heads, "precision": precision}
+        self.precision, self.heads = precision, heads
+        self.text = TextEncoder(width, heads)
+        self.embed_features = nn.Linear(tokenizer.channels, width)
+        self.position = nn.Parameter(scale_positions(tokenizer.schedule.grids, width))  # (L, width)
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(width, heads) for _ in range(layers))  # type: ignore[assignment]
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, tokenizer.vocab_size)
+        # A second way to the logits, through the codes' own geometry: near codes share what is learned about one.
+        self.to_code = nn.Linear(width, tokenizer.channels)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2 and name != "position":
+                depth = 2 * layers if name.endswith(("attention_out.weight", "mlp_out.weight")) else 1
+                nn.init.normal_(weight, std=0.02 / depth**0.5)
+
+    # Conditions --------------------------------------------------------------------------------------------------
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Cond:
+        rows = [byte_features(prompt) for prompt in prompts]
+        longest = max(row.shape[1] for row in rows)
+        batch = np.stack([np.pad(row, ((0, 0), (0, longest - row.shape[1]))) for row in rows], axis=1)
+        return Cond(*torch.from_numpy(batch).to(self.device))  # 3 x (B, P)
+
+    def null_cond(self, cond: Cond) -> Cond:
+        start_only = torch.zeros_like(cond.bytes)
+        start_only[:, 0] = START
+        return Cond(start_only, torch.zeros_like(cond.word), torch.zeros_like(cond.place))
+
+    # The cached path ---------------------------------------------------------------------------------------------
+
+    def begin(self, cond: Cond) -> Cache:
+        with self._autocast():
+            text, bias = self.text(cond)  # (B, P, width), (B, 1, 1, P)
+            pairs = [block.text_keys_values(text) for block in self.blocks]
+        keys = torch.stack([k for k, _ in pairs])  # (N, B, A, P, E)
+        values = torch.stack([v for _, v in pairs])
+        room = (0, 0, 0, self.schedule.total_tokens)
+        return Cache(F.pad(keys, room), F.pad(values, room), bias)
+
+    def step(self, cache: Cache, t: int, features: Tensor, previous: Tensor | None) -> tuple[Tensor, Cache]:
+        keys, values, text_bias = cache
+        here = self.schedule.slices[t]
+        prompt = text_bias.shape[-1]
+        bias = F.pad(text_bias, (0, here.stop))  # (B, 1, 1, P + tokens so far): every earlier token is seen
+        with self._autocast():
+            x = self.embed_features(features)  # (B, n_t, width); bf16 from here on under autocast
+            x = x + self.position[here].to(x.dtype)
+            for i, block in enumerate(self.blocks):
+                q, k, v = block.queries_keys_values(x)
+                keys[i, :, :, prompt + here.start : prompt + here.stop] = k
+                values[i, :, :, prompt + here.start : prompt + here.stop] = v
+                seen = prompt + here.stop
+                x = block.finish(x, attend(q, keys[i, :, :, :seen], values[i, :, :, :seen], bias))
+            return self._logits(x), cache
+
+    def fork(self, cache: Cache, index: Tensor) -> Cache:
+        return Cache(cache.keys.index_select(1, index), cache.values.index_select(1, index), cache.text_bias[index])
+
+    # The teacher-forced path -------------------------------------------------------------------------------------
+
+    def forward(self, cond: Cond, grids: Sequence[Tensor], steps: range) -> Tensor:
+        features = torch.cat(self.teacher_features(grids[: steps[-1]], steps, len(cond.bytes)), dim=1)
+        return self.from_features(cond, features, steps)
+
+    def from_features(self, cond: Cond, features: Tensor, steps: range) -> Tensor:
+        """`forward` from the canvas features of all scales up to the last step, `(B, n, C)`."""
+        first, last = self.schedule.slices[steps[0]].start, self.schedule.slices[steps[-1]].stop
+        with self._autocast():
+            text, text_bias = self.text(cond)
+            bias = torch.cat(  # (B, 1, n, P + n)
+                [text_bias.expand(-1, -1, last, -1), self._scale_bias(last).expand(len(text), 1, -1, -1)], dim=-1
+            )
+            x = self.embed_features(features)  # (B, n, width)
+            x = x + self.position[:last].to(x.dtype)
+            for block in self.blocks:
+                q, k, v = block.queries_keys_values(x)
+                text_k, text_v = block.text_keys_values(text)
+                x = block.finish(x, attend(q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), bias))
+            return self._logits(x[:, first:])
+
+    # Parts -------------------------------------------------------------------------------------------------------
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Hidden states `(B, n, width)` to fp32 logits `(B, n, D = 1, V)`."""
+        x = self.norm(x)
+        logits = self.head(x) + self.to_code(x) @ self.tokenizer.codebook.T
+        return logits.float().unsqueeze(2)
+
+    def _scale_bias(self, tokens: int) -> Tensor:
+        """0 where a token may look and -inf at later scales, `(tokens, tokens)`."""
+        sizes = torch.tensor(self.schedule.sizes, device=self.device)
+        scale = torch.repeat_interleave(torch.arange(len(sizes), device=self.device), sizes)[:tokens]
+        return torch.zeros(tokens, tokens, device=self.device).masked_fill(scale[:, None] < scale, -torch.inf)
+
+    def _autocast(self) -> torch.autocast:
+        on = self.precision == "bf16" or (self.precision == "auto" and has_bf16(self.device.type))
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+
+    # Files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, half: bool = False) -> None:
+        """Write weights and configuration to one safetensors file; `half` stores bfloat16."""
+        save_module(self, path, half)
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, tokenizer: Tokenizer | None = None) -> VARTextPolicy:
+        """Read a file that `save` wrote; without a path, the shipped base policy. Default: the shipped tokenizer."""
+        with resources.as_file(resources.files("agents.policies") / "assets" / "base.safetensors") as shipped:
+            config, weights = load_config_and_weights(path or shipped, "examples/pretrain.py policy")
+        policy = cls(tokenizer or Tokenizer.load(), **config)
+        load_weights(policy, weights, path or "the shipped base policy")
+        return policy
+
+
+class TextEncoder(nn.Module):
+    """Bytes with their counted features, then one bidirectional transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.byte = nn.Embedding(256, width)
+        self.word = nn.Embedding(MAX_WORDS + 1, width)
+        self.place = nn.Embedding(2 * MAX_PLACE + 1, width)
+        self.offset = nn.Embedding(MAX_PROMPT_BYTES + 1, width)
+        self.block = Block(width, heads, text=False)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Encoded prompts `(B, P, width)` and their attention bias `(B, 1, 1, P)`."""
+        bias = torch.zeros(cond.bytes.shape, device=cond.bytes.device).masked_fill(cond.bytes == 0, -torch.inf)
+        bias = bias[:, None, None, :]
+        x = self.byte(cond.bytes) + self.word(cond.word) + self.place(cond.place)
+        x = x + self.offset.weight[: cond.bytes.shape[1]]
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        q, k, v = self.block.queries_keys_values(x)
+        return self.norm(self.block.finish(x, attend(q, k, v, bias))), bias
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block whose attention is called from outside, between its two halves."""
+
+    def __init__(self, width: int, heads: int, text: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.text_kv = nn.Linear(width, 2 * width, bias=False) if text else None
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self._split(self.qkv(self.norm1(x)), 3)
+
+    def text_keys_values(self, text: Tensor) -> tuple[Tensor, ...]:
+        assert self.text_kv is not None
+        return self._split(self.text_kv(text), 2)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm2(x)), approximate="tanh"))
+
+    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        return x.unflatten(2, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, A, n, E)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Softmax attention, `(B, A, n, E)` over `(B, A, m, E)`, with an additive bias `(B, 1, n or 1, m)`."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # the CPU's fused kernel is slow in the backward pass
+    return (scores + bias.to(q.dtype)).softmax(-1).to(v.dtype) @ v
+
+
+@functools.lru_cache(maxsize=4096)
+def byte_features(prompt: str) -> np.ndarray:
+    """The rows of `Cond` for one prompt: int64 `(3, bytes + 1)`. Raises `ValueError` when it is too long."""
+    data = encode_prompt(prompt)
+    data = data[: len(prompt.encode())]
+    rows = np.zeros((3, len(data) + 1), np.int64)
+    rows[0, 0], rows[0, 1:] = START, data
+    word, start = 0, -1  # words so far, and where the quoted text began
+    for i, byte in enumerate(data):
+        if byte != ord('"'):
+            continue
+        if start < 0:
+            start = i + 1
+        else:
+            word += 1
+            rows[1, start + 1 : i + 1] = min(word, MAX_WORDS)
+            middle = 2 * np.arange(i - start) - (i - start - 1)  # -3 -1 1 3 for four letters
+            rows[2, start + 1 : i + 1] = np.clip(middle + MAX_PLACE, 1, 2 * MAX_PLACE)
+            start = -1
+    return rows
+
+
+def scale_positions(grids: Sequence[tuple[int, int]], width: int) -> Tensor:
+    """Sine codes of every token's place in the picture and of its scale, `(L, width)`, at the size of embeddings."""
+    frequencies = torch.exp(torch.linspace(0, 4, width // 4))  # 1 to 55 radians across the picture
+    rows = []
+    for h, w in grids:
+        y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+        angles = torch.cat([y.reshape(-1, 1) * frequencies, x.reshape(-1, 1) * frequencies], dim=1)  # (n, width/2)
+        rows.append(torch.cat([angles.sin(), angles.cos()], dim=1) + torch.randn(width) * 0.5)
+    return torch.cat(rows) * 0.02
+
+
+@functools.cache
+def has_bf16(device: str) -> bool:
+    """Whether bf16 products run in hardware there."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

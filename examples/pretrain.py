@@ -1,0 +1,331 @@
+"""Train the tokenizer and the base policy of VARText by teacher forcing, from a seed.
+
+    python examples/pretrain.py tokenizer            # minutes on two cores
+    python examples/pretrain.py policy               # hours on two cores, minutes on a GPU
+    python examples/pretrain.py export               # bf16 copies into the packages, with their cards
+
+Every stage checkpoints into ``--out`` and goes on from there when it is called again. Scenes are drawn from the seed
+as they are needed and never stored. Only torch, numpy, pillow and safetensors are needed; with tensorboard installed
+there are curves and sample pictures too. How well OCR reads the results: ``examples/evaluate.py --gates``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # a borrowed machine may have torch alone
+    SummaryWriter = None  # type: ignore[assignment, misc]
+
+from agents.policies.var_text import VARTextPolicy
+from agents.sampling import Decoding, draw
+from var_env.scenes import Scene, World, render
+from var_env.tokenizer import Tokenizer, from_unit, to_unit
+
+
+class SceneStream(torch.utils.data.IterableDataset):
+    """Batches of training scenes: batch i is drawn from ``(seed, i)`` alone, so a resumed run draws the same."""
+
+    def __init__(self, batch: int, seed: int, start: int) -> None:
+        self.batch, self.seed, self.start = batch, seed, start
+        self.world = World(split="train")
+
+    def __iter__(self) -> Iterator[tuple[list[Scene], Tensor]]:
+        i = self.start
+        while True:
+            rng = np.random.default_rng([self.seed, i])
+            scenes = [self.world.sample(rng) for _ in range(self.batch)]
+            yield scenes, torch.from_numpy(np.stack([render(scene) for scene in scenes]))
+            i += 1
+
+
+def ink_weight(images: Tensor, scenes: list[Scene], weight: float) -> Tensor:
+    """Loss weights ``(B, 1, S, S)``: `weight` on pixels that are not the ground's colour, else 1."""
+    ground = torch.tensor([scene.ground for scene in scenes], dtype=torch.uint8, device=images.device)
+    ink = (images != ground[:, None, None, :]).any(-1)  # (B, S, S)
+    return 1 + (weight - 1) * ink.float().unsqueeze(1)
+
+
+class EmaCodebook:
+    """The codebook as a running mean of the vectors that each code won; codes that win nothing are set anew."""
+
+    def __init__(self, codebook: Tensor, decay: float = 0.99) -> None:
+        self.codebook, self.decay = codebook, decay
+        self.count = torch.ones(len(codebook), device=codebook.device)
+        self.total = codebook.clone()
+
+    def update(self, vectors: Tensor, codes: Tensor) -> None:
+        """`vectors` ``(N, C)`` and the codes they fell on ``(N,)``."""
+        self.count.lerp_(torch.bincount(codes, minlength=len(self.codebook)).float(), 1 - self.decay)
+        total = torch.zeros_like(self.total).index_add_(0, codes, vectors)
+        self.total.lerp_(total, 1 - self.decay)
+        dead = self.count < 0.02
+        fresh = vectors[torch.randint(len(vectors), (int(dead.sum()),))]
+        self.count[dead], self.total[dead] = 1.0, fresh
+        self.codebook.copy_(self.total / self.count.unsqueeze(1))
+
+
+def train_tokenizer(args: argparse.Namespace) -> None:
+    """A plain autoencoder first, then quantised, with the codebook initialised from the data."""
+    torch.manual_seed(args.seed)
+    tokenizer = Tokenizer().to(args.device)
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
+    run = Run(args, "tokenizer", tokenizer, optimizer)
+    book = EmaCodebook(tokenizer.codebook)
+    run.extra = {"count": book.count, "total": book.total}
+    run.resume()
+    warm_up = 300
+    for step, (scenes, images) in run.steps(args.tokenizer_steps, args.tokenizer_lr, cosine):
+        images = images.to(args.device)
+        x = to_unit(images)
+        with torch.autocast(args.device, dtype=torch.bfloat16):
+            features = tokenizer.features(x)
+        features = features.float()
+        canvas, residual = tokenizer.blank(len(x)), features.detach()
+        vectors, codes = [], []
+        if step >= warm_up:
+            for t in range(len(tokenizer.schedule)):
+                vector = tokenizer.read(t, residual)  # (B, n_t, C)
+                if step == warm_up and t == 0:
+                    start_codebook(tokenizer, book, residual)
+                grid = tokenizer.nearest(vector)
+                vectors.append(vector.flatten(0, 1))
+                codes.append(grid.flatten())
+                part = tokenizer.contribution(t, grid)
+                canvas, residual = canvas + part, residual - part.detach()
+            commitment = F.mse_loss(features, canvas.detach())
+            smoothing = F.mse_loss(canvas, features.detach())  # trains phi
+            quantised = features + (canvas - features).detach()
+        else:
+            commitment = features.square().mean() * 0.01  # keeps the features' size bounded before there is a codebook
+            smoothing = torch.zeros((), device=args.device)
+            quantised = features
+        with torch.autocast(args.device, dtype=torch.bfloat16):
+            picture = tokenizer.decoder(quantised)
+        weight = ink_weight(images, scenes, 5.0)
+        error = (weight * (picture.float() - x).square()).mean() / weight.mean()
+        (error + 0.25 * commitment + smoothing).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= warm_up:
+            book.update(torch.cat(vectors), torch.cat(codes))
+        run.log(step, error=error, commitment=commitment, smoothing=smoothing, used_codes=(book.count > 0.1).sum())
+        if run.is_time_for_pictures(step):
+            run.picture(step, torch.cat([images[:8], from_unit(picture.detach())[:8]]))
+    tokenizer.save(args.out / "tokenizer.safetensors")
+
+
+def start_codebook(tokenizer: Tokenizer, book: EmaCodebook, features: Tensor) -> None:
+    """Codes drawn from the residuals of every scale of one batch, each scale quantised by its own mean colour."""
+    samples, residual = [], features
+    for t in range(len(tokenizer.schedule)):
+        vector = tokenizer.read(t, residual)
+        samples.append(vector.flatten(0, 1))
+        residual = residual - tokenizer.spread(t, vector).detach()
+    share = tokenizer.vocab_size // len(samples)
+    picks = [s[torch.randint(len(s), (share,))] for s in samples[:-1]]
+    rest = tokenizer.vocab_size - share * len(picks)
+    picks.append(samples[-1][torch.randint(len(samples[-1]), (rest,))])
+    tokenizer.codebook.copy_(torch.cat(picks))
+    book.total.copy_(tokenizer.codebook)
+    book.count.fill_(1.0)
+
+
+def train_policy(args: argparse.Namespace) -> None:
+    """Teacher forcing on the tokenizer's grids, a few of the written codes swapped, the prompt dropped at times."""
+    torch.manual_seed(args.seed)
+    tokenizer = Tokenizer.load(args.out / "tokenizer.safetensors").to(args.device)
+    policy = VARTextPolicy(tokenizer, args.width, args.layers, args.heads).to(args.device)
+    optimizer = torch.optim.AdamW(decay_groups(policy), betas=(0.9, 0.95), fused=True)
+    run = Run(args, "policy", policy, optimizer)
+    run.resume()
+    forward = torch.compile(policy.from_features) if args.compile else policy.from_features
+    schedule, steps = tokenizer.schedule, range(len(tokenizer.schedule))
+    for step, (scenes, images) in run.steps(args.policy_steps, args.policy_lr, plateau):
+        generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
+        with torch.no_grad(), torch.autocast(args.device, dtype=torch.bfloat16):
+            encoded = tokenizer.features(to_unit(images.to(args.device))).float()
+        written, labels = tokenizer.quantise(encoded, args.swap, generator)
+        cond = policy.encode_prompts([scene.prompt for scene in scenes])
+        dropped = torch.rand(len(scenes), 1, generator=generator, device=args.device) < args.drop_prompt
+        cond = type(cond)(
+            *(torch.where(dropped, null, part) for null, part in zip(policy.null_cond(cond), cond, strict=True))
+        )
+        features = torch.cat(policy.teacher_features(written, steps, len(scenes)), dim=1)
+        logits = forward(cond, features, steps)  # (B, L, 1, V)
+        loss = F.cross_entropy(logits.flatten(0, 2), torch.cat(labels, dim=1).flatten(), reduction="none")
+        loss.mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        per_scale = loss.detach().view(len(scenes), -1).mean(0).split(schedule.sizes)
+        run.log(
+            step,
+            loss=loss.mean(),
+            gradient_norm=norm,
+            **{f"scale/{h}x{w}": part.mean() for (h, w), part in zip(schedule.grids, per_scale, strict=True)},
+        )
+        if run.is_time_for_pictures(step):
+            held_out = World(split="val")
+            shown = [held_out.sample(np.random.default_rng(i)) for i in range(8)]
+            run.picture(step, sample_images(policy, [s.prompt for s in shown], generator))
+    policy.save(args.out / "policy.safetensors")
+
+
+@torch.no_grad()
+def sample_images(policy: VARTextPolicy, prompts: list[str], generator: torch.Generator) -> Tensor:
+    """One picture a prompt, uint8 ``(B, S, S, 3)``, drawn from the policy's own distribution."""
+    tokenizer = policy.tokenizer
+    cache, canvas, grid = policy.begin(policy.encode_prompts(prompts)), tokenizer.blank(len(prompts)), None
+    for t in range(len(tokenizer.schedule)):
+        logits, cache = policy.step(cache, t, tokenizer.read(t, canvas), grid)
+        grid = draw(logits, None, Decoding(), generator).tokens
+        canvas = tokenizer.write(t, canvas, grid)
+    return tokenizer.decode(canvas)
+
+
+def cosine(progress: float) -> float:
+    """A linear warm-up over 2 % of the steps, and half a cosine down to 5 %."""
+    return min(1.0, progress / 0.02) * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def plateau(progress: float) -> float:
+    """Warm-up over 2 % of the steps, then flat, then down to 2 % over the last 30 %: the flat part can be made longer
+    later, by a larger ``--policy-steps``, without starting over (warm-up-stable-decay; Hu et al., arXiv 2404.06395)."""
+    return min(1.0, progress / 0.02) * min(1.0, 0.02 + 0.98 * (1 - progress) / 0.3)
+
+
+def decay_groups(policy: VARTextPolicy) -> list[dict]:
+    """Weight decay for the matrices and none for biases, norms and embeddings."""
+    matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and "text.byte" not in name]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in policy.parameters() if id(p) not in chosen]
+    return [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+
+
+class Run:
+    """What both stages share: the step loop with its schedule, checkpoints, logs and pictures."""
+
+    def __init__(
+        self, args: argparse.Namespace, name: str, module: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.args, self.name, self.module, self.optimizer = args, name, module, optimizer
+        self.path = args.out / f"{name}.checkpoint.pt"
+        self.first, self.seen = 0, 0
+        self.batch = args.batch or {"tokenizer": 64, "policy": 32}[name]
+        self.extra: dict[str, Tensor] = {}  # more tensors to checkpoint
+        self.sums: dict[str, Tensor] = {}
+        args.out.mkdir(parents=True, exist_ok=True)
+        self.writer: SummaryWriter | None = None
+        if SummaryWriter is not None:
+            self.writer = SummaryWriter(str(args.out / "tensorboard" / name))
+
+    def resume(self) -> None:
+        if self.path.is_file():
+            saved = torch.load(self.path, map_location=self.args.device, weights_only=True)
+            self.module.load_state_dict(saved["module"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            for name, tensor in self.extra.items():
+                tensor.copy_(saved["extra"][name])
+            self.first, self.seen = saved["step"], saved["seen"]
+            print(f"{self.name}: going on from step {self.first} ({self.seen} images seen)", flush=True)
+
+    def save(self, step: int) -> None:
+        state = {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "extra": self.extra,
+            "step": step,
+            "seen": self.seen,
+        }
+        part = self.path.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(self.path)
+
+    def steps(self, total: int, peak: float, shape: Callable[[float], float]) -> Iterator[tuple[int, Any]]:
+        """Batches with the learning rate set: `peak` times `shape` of the share of the steps that is done."""
+        args = self.args
+        scenes = SceneStream(self.batch, args.seed, self.first)
+        stream = torch.utils.data.DataLoader(scenes, batch_size=None, num_workers=args.workers)
+        self.clock = time.monotonic()
+        for step, batch in zip(range(self.first, total), stream, strict=False):
+            for group in self.optimizer.param_groups:
+                group["lr"] = peak * shape(step / total)
+            yield step, batch
+            self.seen += self.batch
+            if (step + 1) % args.save_every == 0 or step + 1 == total:
+                self.save(step + 1)
+
+    def log(self, step: int, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        if (step + 1) % self.args.log_every:
+            return
+        means = {name: float(total) / self.args.log_every for name, total in self.sums.items()}
+        self.sums.clear()
+        rate = self.args.log_every * self.batch / (time.monotonic() - self.clock)
+        self.clock = time.monotonic()
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        print(f"{self.name} {step + 1}  {rate:.0f} images/s  {shown}", flush=True)
+        if self.writer:
+            for name, value in means.items():
+                self.writer.add_scalar(f"{self.name}/{name}", value, self.seen)
+            self.writer.add_scalar(f"{self.name}/images_per_second", rate, self.seen)
+
+    def is_time_for_pictures(self, step: int) -> bool:
+        return self.writer is not None and (step + 1) % self.args.picture_every == 0
+
+    def picture(self, step: int, images: Tensor) -> None:
+        assert self.writer is not None
+        self.writer.add_images(f"{self.name}/samples", images.cpu(), self.seen, dataformats="NHWC")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Copy the trained weights into the packages, in bf16: half the size, and OCR sees no difference."""
+    tokenizer = Tokenizer.load(args.out / "tokenizer.safetensors")
+    policy = VARTextPolicy.load(args.out / "policy.safetensors", tokenizer)
+    root = Path(__file__).parents[1]
+    tokenizer.save(root / "var_env/assets/tokenizer.safetensors", half=True)
+    policy.save(root / "agents/policies/assets/base.safetensors", half=True)
+    print("wrote var_env/assets/tokenizer.safetensors and agents/policies/assets/base.safetensors")
+    print("check them with: python examples/evaluate.py --gates")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("tokenizer", "policy", "export"))
+    parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="checkpoints and logs (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, help="images a step (64 for the tokenizer, 32 for the policy)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes; a GPU wants 8 or more")
+    parser.add_argument("--tokenizer-steps", type=int, default=1800)
+    parser.add_argument("--tokenizer-lr", type=float, default=1e-3)
+    parser.add_argument("--policy-steps", type=int, default=3200)
+    parser.add_argument("--policy-lr", type=float, default=1e-3)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--heads", type=int, default=3)
+    parser.add_argument("--swap", type=float, default=0.03, help="share of input codes swapped for a near one")
+    parser.add_argument("--drop-prompt", type=float, default=0.1, help="share of samples trained without their prompt")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the policy's forward pass")
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--picture-every", type=int, default=500)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse()
+    {"tokenizer": train_tokenizer, "policy": train_policy, "export": export}[args.stage](args)
