@@ -1,0 +1,323 @@
+"""The agents' common half: Stable-Baselines3's contract, the learning loop, the budget and the files.
+
+An algorithm subclasses `Agent` and writes `iterate`, one round of sampling and learning; see ``grpo.py``.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common import utils
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
+
+from agents import checkpoint, logs
+from agents.callbacks import SampleProgressBar
+from agents.policies.base import Policy
+from agents.rollout import Rollout, act, collect, make_envs
+from agents.sampling import Decoding
+from var_env.vector import VARTextVectorEnv
+
+AgentT = TypeVar("AgentT", bound="Agent")
+
+
+class StopLearning(Exception):
+    """A callback ended the training in the middle of a rollout, which is dropped."""
+
+
+class Agent(BaseAlgorithm):
+    """An agent that learns on ``VARText-v0`` by sampling groups of pictures.
+
+    Args:
+        policy: trained in place. "base" is the shipped policy; a path loads a file of ``VARTextPolicy.save``.
+        env: an id, a single environment or a batched one, or ``None`` to only predict.
+        group_size: G, pictures for each prompt.
+        prompts_per_update: P. The prompts of update u depend on the seed and on u alone, whatever the agent.
+        learning_rate: AdamW's, a number or a function of the remaining progress, 1 to 0.
+        decoding: how training samples are drawn.
+        image_interval: updates between two pictures of samples in TensorBoard; 0 for none.
+        seed: ``None`` draws one.
+        tensorboard_log, device, verbose: as in Stable-Baselines3.
+
+    Attributes:
+        num_timesteps: environment steps, one a grid and row. It alone starts again with ``learn()``'s
+            ``reset_num_timesteps``; the rest count the agent's whole life, files included.
+        images_decoded, tokens_sampled, n_updates: pictures (reward calls), tokens, calls of ``update``.
+        seconds: time in sampling, decoding, reward and update; callbacks do not count.
+        reference: the frozen policy that the KL term holds on to, if the algorithm has one.
+    """
+
+    policy: Policy  # type: ignore[assignment]
+    env: VARTextVectorEnv | None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        policy: Policy | str | Path,
+        env: str | gym.Env | gym.vector.VectorEnv | None,
+        *,
+        group_size: int = 8,
+        prompts_per_update: int = 8,
+        learning_rate: float | Schedule = 1e-4,
+        decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
+        image_interval: int = 10,
+        seed: int | None = None,
+        tensorboard_log: str | None = None,
+        device: torch.device | str = "auto",
+        verbose: int = 0,
+        _init_setup_model: bool = True,
+    ) -> None:
+        if not isinstance(policy, Policy):
+            from agents.policies.var_text import VARTextPolicy
+
+            policy = VARTextPolicy.load(None if policy == "base" else policy)
+        super().__init__(
+            type(policy),  # type: ignore[arg-type]
+            None,  # SB3 would wrap the environment
+            learning_rate=learning_rate,
+            tensorboard_log=tensorboard_log,
+            device=device,
+            verbose=verbose,
+            seed=seed,
+        )
+        require_at_least(1, group_size=group_size, prompts_per_update=prompts_per_update)
+        self.policy = policy.to(self.device)
+        self.policy.tokenizer.to(self.device)
+        self.reference: Policy | None = None
+        self.group_size, self.prompts_per_update = group_size, prompts_per_update
+        self.decoding, self.image_interval = decoding, image_interval
+        self.images_decoded = self.tokens_sampled = self._rollouts = 0
+        self.seconds = 0.0
+        self._logger = Logger(None, [])  # learn() sets the real ones
+        self.callback = self._init_callback(None)
+        self._stop = False
+        if env is not None:
+            self._bind(env)
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        self.policy.eval()  # no dropout of prompts, here or in the reference
+        self.lr_schedule = utils.FloatSchedule(self.learning_rate)
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(), lr=self.lr_schedule(1.0), betas=(0.9, 0.95), weight_decay=0.0
+        )
+        self.generator = torch.Generator(self.device)
+        self.set_random_seed(self.seed)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seed the sampler, the prompts to come, and Python's, numpy's and torch's own generators."""
+        if seed is None:
+            self.seed = int(np.random.SeedSequence().generate_state(1)[0])  # saved, so that a resumed run goes on
+        else:
+            self.seed = seed
+            utils.set_random_seed(seed, using_cuda=self.device.type == "cuda")
+        self._rollouts = 0
+        self.generator.manual_seed(self.seed)
+
+    @property
+    def n_updates(self) -> int:
+        return self._n_updates
+
+    # The environment -------------------------------------------------------------------------------------------------
+
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """Learn on another environment with the same spaces."""
+        self._bind(env)
+
+    def _bind(self, env: Any) -> None:
+        envs = make_envs(env, self.prompts_per_update)
+        mine, other = self.policy.tokenizer, envs.tokenizer
+        if mine.schedule != other.schedule or not torch.equal(mine.codebook, other.codebook.to(self.device)):
+            raise ValueError(
+                "the policy and the environment use different tokenizers: make the environment with "
+                "tokenizer=policy.tokenizer, or with the path of its weights"
+            )
+        self.env, self.n_envs = envs, envs.num_envs
+        self.observation_space, self.action_space = envs.single_observation_space, envs.single_action_space
+
+    # Learning --------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def iterate(self) -> None:
+        """One round: sample, learn, log."""
+
+    def learn(
+        self: AgentT,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> AgentT:
+        """Iterate until ``total_timesteps`` environment steps (grids) are done; the last iteration is finished.
+
+        ``callback`` may end it earlier. When it does so after the last step of a rollout, that rollout is still
+        learned from; before, the rollout is dropped. ``log_interval`` counts iterations.
+        """
+        if self.env is None:
+            raise ValueError("this agent has no environment to learn on: pass env= to load(), or call set_env()")
+        name = tb_log_name or type(self).__name__.lower()
+        total_timesteps, self.callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, name, progress_bar
+        )
+        self.callback.on_training_start(locals(), globals())
+        self._stop, iteration = False, 0
+        while self.num_timesteps < total_timesteps and not self._stop:
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            try:
+                self.iterate()
+            except StopLearning:
+                break
+            iteration += 1
+            if iteration % log_interval == 0:
+                self.dump_logs(iteration)
+        self.callback.on_training_end()
+        self.callback = self._init_callback(None)
+        return self
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        callbacks = super()._init_callback(callback)
+        if progress_bar:
+            callbacks = CallbackList([callbacks, SampleProgressBar()])
+            callbacks.init_callback(self)
+        return callbacks
+
+    def sample(self) -> Rollout:
+        """`collect` for new prompts, told to the callback, checked, counted and logged."""
+        self.callback.on_rollout_start()
+        try:
+            rollout = self.collect(self.next_prompt_seed())
+            rollout.require_finite()
+        except ValueError as error:
+            raise RuntimeError(f"sampling for update {self.n_updates + 1} failed, weights intact: {error}") from error
+        self.callback.on_rollout_end()
+        self.seconds += sum(rollout.seconds.values())
+        logs.record_rollout(self.logger, rollout)
+        if self.image_interval and self.n_updates % self.image_interval == 0:
+            logs.record_samples(self.logger, rollout)
+        return rollout
+
+    def collect(self, seed: int) -> Rollout:
+        """Draw G pictures for each of the P prompts of ``seed``. Another way of sampling goes here."""
+        if self.env is None:
+            raise ValueError("this agent has no environment: pass env= to load(), or call set_env()")
+        return collect(
+            self.policy,
+            self.env,
+            self.group_size,
+            self.decoding,
+            self.generator,
+            seed=seed,
+            keep_support=self.keeps_support,
+            on_step=self.on_env_step,
+        )
+
+    @property
+    def keeps_support(self) -> bool:
+        """Whether rollouts keep the codes that a truncated sampler could draw."""
+        return False
+
+    def next_prompt_seed(self) -> int:
+        """A new seed for the environments: a function of the agent's seed and the number of rollouts so far."""
+        self._rollouts += 1
+        return int(np.random.SeedSequence([self.seed or 0, self._rollouts]).generate_state(1)[0])
+
+    def on_env_step(self, envs: VARTextVectorEnv) -> None:
+        """Count a step of the sampling environments and tell the callback; ``StopLearning`` if it wants no more."""
+        complete = envs.t == len(envs.schedule)
+        self.num_timesteps += envs.num_envs
+        self.tokens_sampled += envs.num_envs * envs.schedule.sizes[envs.t - 1]
+        self.images_decoded += envs.num_envs if complete else 0
+        self.callback.update_locals({"envs": envs})
+        if not self.callback.on_step():
+            self._stop = True
+            if not complete:
+                raise StopLearning
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """Write what was recorded, with the budget spent so far, at step ``num_timesteps``."""
+        elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
+        values = {
+            "budget/images": self.images_decoded,
+            "budget/tokens": self.tokens_sampled,
+            "budget/updates": self.n_updates,
+            "budget/seconds": self.seconds,
+            "time/iterations": iteration,
+            "time/fps": int((self.num_timesteps - self._num_timesteps_at_start) / elapsed),
+            "time/time_elapsed": int(elapsed),
+            "time/total_timesteps": self.num_timesteps,
+        }
+        for name, value in values.items():
+            self.logger.record(name, value)
+        self.logger.dump(self.num_timesteps)
+
+    # Acting ----------------------------------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        observation: Any,
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """The next grid on the canvas, ``(H, W)`` for one observation and ``(N, H, W)`` for a batch.
+
+        Decodes as in training, or takes the likeliest codes. Draws from torch's global generator, so predicting does
+        not change a training run. Nothing is remembered between calls, and ``state`` comes back as it is.
+        """
+        decoding = Decoding(temperature=0.0, guidance=self.decoding.guidance) if deterministic else self.decoding
+        return act(self.policy, observation, decoding), state
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def _excluded_save_params(self) -> list[str]:
+        own = ["reference", "optimizer", "generator", "callback", "lr_schedule", "_last_obs", "_last_episode_starts"]
+        return [*super()._excluded_save_params(), *own]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "optimizer"] + ([] if self.reference is None else ["reference"]), []
+
+    def save(
+        self,
+        path: str | Path | BinaryIO,  # type: ignore[override]
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """Write all that a resumed run needs to one zip: settings, counters, generator, optimiser and policies."""
+        checkpoint.write(self, path, {*self._excluded_save_params(), *(exclude or ())} - set(include or ()))
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls: type[AgentT],
+        path: str | Path | BinaryIO,
+        env: str | gym.Env | gym.vector.VectorEnv | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> AgentT:
+        """Read what `save` wrote. With ``env``, ``learn(..., reset_num_timesteps=False)`` goes on as if uninterrupted.
+
+        ``kwargs`` replace saved settings, such as ``learning_rate=1e-5``.
+        """
+        agent = checkpoint.read(cls, path, device, custom_objects, kwargs)
+        assert isinstance(agent, cls)
+        if env is not None:
+            agent._bind(env)
+        return agent
+
+
+def require_at_least(least: int, **options: int) -> None:
+    """``ValueError`` naming the first option that is no whole number of at least ``least``."""
+    for name, value in options.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

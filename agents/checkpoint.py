@@ -1,0 +1,97 @@
+"""An agent on disk: Stable-Baselines3's zip (settings and counters as JSON, the optimiser's state), and inside it
+policy, reference policy and tokenizer as safetensors, so that a checkpoint stands alone."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from stable_baselines3.common.save_util import load_from_zip_file, open_path, save_to_zip_file
+
+if TYPE_CHECKING:
+    from agents.base import Agent
+
+
+def write(agent: Agent, path: str | Path | BinaryIO, left_out: Collection[str]) -> None:
+    """Write an agent; ``.zip`` is added to a path without a suffix. A file that exists is replaced as a whole."""
+    data = {name: value for name, value in vars(agent).items() if name not in left_out}
+    data["generator_state"] = agent.generator.get_state().numpy().tobytes()
+    data["tokenizer_class"] = type(agent.policy.tokenizer)
+    modules: dict[str, Any] = {"policy": agent.policy, "tokenizer": agent.policy.tokenizer}
+    if agent.reference is not None:
+        modules["reference"] = agent.reference
+    buffer = io.BytesIO()
+    save_to_zip_file(buffer, data=data, params={"optimizer": agent.optimizer.state_dict()})
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(buffer, "a") as archive:
+        for name, module in modules.items():
+            file = Path(folder) / f"{name}.safetensors"
+            module.save(file)
+            archive.write(file, file.name)
+    if not isinstance(path, str | Path):
+        path.write(buffer.getvalue())
+        return
+    target = Path(path) if Path(path).suffix else Path(path).with_suffix(".zip")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    part.write_bytes(buffer.getvalue())
+    os.replace(part, target)
+
+
+def read(
+    cls: type[Agent],
+    path: str | Path | BinaryIO,
+    device: torch.device | str,
+    custom_objects: dict[str, Any] | None,
+    replaced: dict[str, Any],
+) -> Agent:
+    """The agent that `write` wrote, without an environment; ``replaced`` are settings to change.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or no agent wrote it; or a setting to change does not exist.
+    """
+    data, optimizer, modules = _unpack(path, device, custom_objects)
+    generator_state = data.pop("generator_state")
+    del data["tokenizer_class"]
+    unknown = sorted(replaced.keys() - data.keys())
+    if unknown:
+        raise ValueError(f"unknown setting {unknown[0]!r}: this agent has {', '.join(sorted(data))}")
+    agent = cls(modules["policy"], None, device=device, _init_setup_model=False)
+    vars(agent).update(data | replaced)
+    agent._setup_model()
+    agent._rollouts = data["_rollouts"]  # seeding starts them again
+    agent.optimizer.load_state_dict(optimizer)
+    agent.generator.set_state(torch.frombuffer(bytearray(generator_state), dtype=torch.uint8))
+    if "reference" in modules and agent.reference is not None:
+        agent.reference.load_state_dict(modules["reference"].state_dict())
+    return agent
+
+
+def _unpack(
+    path: str | Path | BinaryIO, device: torch.device | str, custom_objects: dict[str, Any] | None
+) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """The settings, the optimiser's state and the modules of a checkpoint."""
+    file = open_path(path, "r", suffix="zip")  # type: ignore[arg-type]
+    try:
+        content = io.BytesIO(file.read())
+        data, params, _ = load_from_zip_file(content, device=device, custom_objects=custom_objects)
+        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(content) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".safetensors")]
+            archive.extractall(folder, names)
+            files = {Path(name).stem: Path(folder) / name for name in names}
+            assert data is not None, "it holds no settings"
+            modules = {"tokenizer": data["tokenizer_class"].load(files["tokenizer"])}
+            for name in files.keys() - modules.keys():
+                modules[name] = data["policy_class"].load(files[name], tokenizer=modules["tokenizer"])
+            return data, params["optimizer"], modules
+    except (AssertionError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged or was not written by an agent's save(): {error}") from error
+    finally:
+        if isinstance(path, str | Path):
+            file.close()

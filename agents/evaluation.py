@@ -1,0 +1,107 @@
+"""Evaluation on held-out prompts with the paper's metrics, and intervals for what is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.policies.base import Policy
+from agents.rollout import collect, resized
+from agents.sampling import Decoding
+from rewards.text_metrics import normalized_edit_distance, word_accuracy
+from var_env.scenes import Scene, World
+from var_env.vector import VARTextVectorEnv
+
+
+@dataclass
+class Evaluation:
+    """One picture for each of N prompts; every array is ``(N,)``, in the prompts' order."""
+
+    scenes: list[Scene]
+    scores: np.ndarray  # the reward
+    word_accuracy: np.ndarray  # fraction of the target words read exactly
+    ned: np.ndarray  # normalised edit distance, higher is better
+    nothing_read: np.ndarray  # 1 when no word was read
+    parts: dict[str, np.ndarray]  # the reward's parts
+    words_read: list[list[str]]
+    images: np.ndarray  # (N, S, S, 3) uint8
+
+    def means(self) -> dict[str, float]:
+        """The headline numbers."""
+        arrays = {
+            "reward": self.scores,
+            "word_accuracy": self.word_accuracy,
+            "ned": self.ned,
+            "nothing_read": self.nothing_read,
+        }
+        return {name: float(values.mean()) for name, values in arrays.items()}
+
+
+def held_out_scenes(world: World, count: int, seed: int = 0, split: str = "test") -> list[Scene]:
+    """``count`` scenes like ``world``'s but of another split; the first ones are the same whatever the count."""
+    rng = np.random.default_rng(seed)
+    other = World(size=world.size, split=split, regions=world.regions)
+    return [other.sample(rng) for _ in range(count)]
+
+
+def evaluate(
+    policy: Policy,
+    env: VARTextVectorEnv | Mapping[str, Any],
+    prompts: Sequence[Scene] | int,
+    decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Evaluation:
+    """Draw one picture for each prompt and score it. The same arguments give the same result.
+
+    Args:
+        env: gives world, tokenizer and reward; or the arguments of ``VARTextVectorEnv`` but ``num_envs``.
+        prompts: scenes, or how many to draw from the test split with ``seed``.
+        seed: of the sampler's noise. It reaches no generator but its own, so evaluating does not change training.
+        batch_size: pictures at a time; another size draws other noise.
+    """
+    base = env if isinstance(env, VARTextVectorEnv) else VARTextVectorEnv(1, **env)
+    scenes = held_out_scenes(base.world, prompts, seed) if isinstance(prompts, int) else list(prompts)
+    if not scenes:
+        raise ValueError("evaluate needs at least one prompt")
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    training = policy.training
+    policy.eval()
+    rollouts = []
+    for start in range(0, len(scenes), batch_size):
+        batch = scenes[start : start + batch_size]
+        rollouts.append(collect(policy, resized(base, len(batch)), 1, decoding, generator, scenes=batch))
+    policy.train(training)
+    words_read = [words for rollout in rollouts for words in rollout.words_read]
+    pairs = [(scene.words, read) for scene, read in zip(scenes, words_read, strict=True)]
+    return Evaluation(
+        scenes=scenes,
+        scores=np.concatenate([rollout.scores.flatten().numpy() for rollout in rollouts]),
+        word_accuracy=np.array([word_accuracy(words, read) for words, read in pairs]),
+        ned=np.array([normalized_edit_distance(words, read) for words, read in pairs]),
+        nothing_read=np.array([float(not read) for _, read in pairs]),
+        parts={name: np.concatenate([rollout.parts[name] for rollout in rollouts]) for name in rollouts[0].parts},
+        words_read=words_read,
+        images=np.concatenate([rollout.images for rollout in rollouts]),
+    )
+
+
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray, level: float = 0.95, n: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of ``values`` and the ends of its percentile bootstrap interval (Efron, 1979).
+
+    Give differences of paired values, prompt by prompt, for the interval of an improvement.
+    """
+    data = np.asarray(values, np.float64)
+    if data.ndim != 1 or len(data) == 0 or not np.isfinite(data).all():
+        raise ValueError(f"values must be a non-empty list of finite numbers, got shape {data.shape}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    draws = np.random.default_rng(seed).integers(len(data), size=(n, len(data)))
+    low, high = np.quantile(data[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return float(data.mean()), float(low), float(high)

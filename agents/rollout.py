@@ -1,0 +1,248 @@
+"""Sampling pictures: unroll a policy in lockstep environments, and what came of it.
+
+`unroll` is the inner loop and knows nothing of groups; `collect` is GRPO's rollout, G pictures for each of P prompts.
+A prompt's condition is encoded once, and cache and environments are forked into the group from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.losses import zero_variance
+from agents.policies.base import Policy
+from agents.sampling import Decoding, draw
+from rewards.base import HasWords, Reward, RewardOutput
+from var_env.env import VARTextEnv
+from var_env.scenes import Scene
+from var_env.vector import VARTextVectorEnv
+
+
+def make_envs(env: str | gym.Env | gym.vector.VectorEnv, num_envs: int) -> VARTextVectorEnv:
+    """``num_envs`` environments in lockstep from an id, a single environment or a batched one.
+
+    An environment of another batch size gives its world, tokenizer and reward to a new one.
+    """
+    made = gym.make_vec(env, num_envs=num_envs) if isinstance(env, str) else env
+    base = made.unwrapped
+    if not isinstance(base, VARTextEnv | VARTextVectorEnv):
+        raise ValueError(f"agents need VARText-v0, as an id, an environment or a batched environment; got {env!r}")
+    if isinstance(base, VARTextVectorEnv) and base.num_envs == num_envs:
+        return base
+    return resized(base, num_envs)
+
+
+def resized(env: VARTextEnv | VARTextVectorEnv, num_envs: int) -> VARTextVectorEnv:
+    """New environments that share the world, the tokenizer and the reward of another."""
+    return VARTextVectorEnv(num_envs, world=env.world, tokenizer=env.tokenizer, reward=env.reward)
+
+
+@dataclass
+class Rollout:
+    """What one iteration sampled: ``B = P * G`` rows, row ``p * G + g`` being sample g of prompt p.
+
+    An update asks for ``cond``, ``grids``, ``behaviour_logp`` and ``support``; the rest is for rewards, masks and eyes.
+    """
+
+    cond: Any  # the policy's condition, B rows
+    scenes: list[Scene]  # B
+    grids: list[Tensor]  # T of (B, n_t, D) int64
+    behaviour_logp: list[Tensor]  # T of (B, n_t, D), under the sampler
+    tail_mass: list[Tensor]  # T of (B, n_t, D), the model's probability of codes that the sampler could not draw
+    support: list[Tensor | None]  # T of bool (B, n_t, D, V), when it was kept and the sampler truncated
+    scores: Tensor  # (P, G) float32
+    parts: dict[str, np.ndarray]  # each (B,)
+    images: np.ndarray  # (B, S, S, 3) uint8
+    words_read: list[list[str]]  # B
+    regions: list[np.ndarray]  # B of (number found, 4), xyxy in pixels
+    images_decoded: int
+    tokens_sampled: int
+    seconds: dict[str, float]  # "sampling", "reward", and "decode", all the rest of the environment
+
+    def require_finite(self) -> None:
+        """``ValueError`` naming the first reward that is not a finite number, and its prompt."""
+        scores = self.scores.flatten()  # (B,)
+        for row in (~scores.isfinite()).nonzero().flatten().tolist():
+            raise ValueError(
+                f"the reward of row {row}, {self.scenes[row].prompt!r}, is {scores[row]}: rewards must be finite "
+                "numbers; mend the reward function and resume from the last checkpoint"
+            )
+
+    def summary(self) -> dict[str, float]:
+        """Scalars to log: the reward's mean and spread, its parts, and the sampler's tail."""
+        scores = self.scores.double()  # (P, G)
+        groups = scores.std(1, correction=0)
+        return {
+            "reward": scores.mean().item(),
+            "reward_std": scores.std(correction=0).item(),
+            "reward_std_in_group": groups.mean().item(),
+            "zero_variance_groups": zero_variance(self.scores).double().mean().item(),
+            "tail_mass": torch.cat(self.tail_mass, 1).mean().item(),
+            **{name: float(values.mean()) for name, values in self.parts.items()},
+        }
+
+
+@dataclass
+class Trail:
+    """What `unroll` drew, one entry a step: ``B`` rows, grid t of ``n_t`` tokens with ``D`` codes each."""
+
+    grids: list[Tensor] = field(default_factory=list)  # (B, n_t, D) int64
+    logp: list[Tensor] = field(default_factory=list)  # (B, n_t, D) under the sampler
+    tail_mass: list[Tensor] = field(default_factory=list)  # (B, n_t, D)
+    support: list[Tensor | None] = field(default_factory=list)  # (B, n_t, D, V)
+    info: dict[str, Any] = field(default_factory=dict)  # of the last environment step
+    seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "decode": 0.0, "reward": 0.0})
+
+
+class TimedReward(Reward):
+    """A reward that keeps the time, so that the last step's is told apart from decoding."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward, self.name, self.seconds = reward, reward.name, 0.0
+
+    def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
+        start = time.perf_counter()
+        output = self.reward(images, scenes)
+        self.seconds += time.perf_counter() - start
+        return output
+
+
+class Caches:
+    """The policy's cache and, for guidance, that of the empty prompt, which move together."""
+
+    def __init__(self, policy: Policy, cond: Any, guided: bool) -> None:
+        self.policy = policy
+        self.pair = [policy.begin(cond)] + ([policy.begin(policy.null_cond(cond))] if guided else [])
+
+    def step(self, t: int, features: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Conditional and empty-prompt logits of grid t, ``(B, n_t, D, V)``."""
+        logits = []
+        for i, cache in enumerate(self.pair):
+            out, self.pair[i] = self.policy.step(cache, t, features, previous)
+            logits.append(out)
+        return logits[0], logits[1] if len(logits) > 1 else None
+
+    def fork(self, index: Tensor) -> Caches:
+        """Rows of both, copied; ``index`` repeats, reorders and drops."""
+        forked = object.__new__(Caches)
+        forked.policy, forked.pair = self.policy, [self.policy.fork(cache, index) for cache in self.pair]
+        return forked
+
+
+@torch.no_grad()
+def unroll(
+    policy: Policy,
+    envs: VARTextVectorEnv,
+    caches: Caches,
+    steps: range,
+    decoding: Decoding,
+    generator: torch.Generator | None = None,
+    keep_support: bool = False,
+    on_step: Callable[[VARTextVectorEnv], None] | None = None,
+) -> Trail:
+    """Continue the episodes in ``envs`` over ``steps``, which start at ``envs.t``. Uses caches and envs up.
+
+    ``on_step`` is called after each environment step and may raise to stop. Decoding and scoring the pictures is part
+    of the last step.
+    """
+    trail, timer = Trail(), TimedReward(envs.reward)
+    previous = envs.grids[-1].to(policy.device) if envs.t else None
+    for t in steps:
+        start = time.perf_counter()
+        features = envs.tokenizer.read(t, envs.canvas).to(policy.device)  # (B, n_t, C)
+        logits, null_logits = caches.step(t, features, previous)
+        drawn = draw(logits, null_logits, decoding, generator)
+        previous = drawn.tokens
+        trail.grids.append(drawn.tokens)
+        trail.logp.append(drawn.logp)
+        trail.tail_mass.append(drawn.tail_mass)
+        trail.support.append(drawn.support if keep_support else None)
+        sampled = time.perf_counter()
+        trail.seconds["sampling"] += sampled - start
+        envs.reward = timer
+        try:
+            trail.info = envs.step(drawn.tokens)[-1]
+        finally:
+            envs.reward = timer.reward
+        trail.seconds["decode"] += time.perf_counter() - sampled
+        if on_step is not None:
+            on_step(envs)
+    trail.seconds["decode"] -= timer.seconds
+    trail.seconds["reward"] += timer.seconds
+    return trail
+
+
+@torch.no_grad()
+def collect(
+    policy: Policy,
+    envs: VARTextVectorEnv,
+    group_size: int,
+    decoding: Decoding,
+    generator: torch.Generator | None = None,
+    *,
+    scenes: Sequence[Scene] | None = None,
+    seed: int | None = None,
+    keep_support: bool = False,
+    on_step: Callable[[VARTextVectorEnv], None] | None = None,
+) -> Rollout:
+    """Reset P environments and draw ``group_size`` pictures for each of their prompts.
+
+    The prompts are ``scenes``, one for each environment, or else what ``envs`` samples, from ``seed`` if it is given.
+    """
+    start = time.perf_counter()
+    envs.reset(seed=seed, options=None if scenes is None else {"scenes": list(scenes)})
+    cond = policy.encode_prompts([scene.prompt for scene in envs.scenes])  # P rows
+    index = torch.arange(envs.num_envs, device=policy.device).repeat_interleave(group_size)  # (B,)
+    caches = Caches(policy, cond, decoding.guided).fork(index)
+    group = envs.fork(group_size)
+    elapsed = time.perf_counter() - start
+    trail = unroll(policy, group, caches, range(len(envs.schedule)), decoding, generator, keep_support, on_step)
+    trail.seconds["sampling"] += elapsed
+    return Rollout(
+        cond=policy.take(cond, index),
+        scenes=list(group.scenes),
+        grids=trail.grids,
+        behaviour_logp=trail.logp,
+        tail_mass=trail.tail_mass,
+        support=trail.support,
+        scores=torch.as_tensor(trail.info["score"], dtype=torch.float32).view(-1, group_size),
+        parts=trail.info["parts"],
+        images=trail.info["image"],
+        words_read=trail.info["words_read"],
+        regions=trail.info["regions"],
+        images_decoded=group.num_envs,
+        tokens_sampled=group.num_envs * envs.schedule.total_tokens,
+        seconds=trail.seconds,
+    )
+
+
+@torch.no_grad()
+def act(policy: Policy, observation: dict[str, Any], decoding: Decoding) -> np.ndarray:
+    """The next grid on the canvas, int64 ``(H, W)`` for one observation, ``(N, H, W)`` for a batch at any scales.
+
+    Computes all earlier scales again; to sample whole pictures, `unroll` is faster.
+    """
+    tokens = np.asarray(observation["tokens"])
+    flat = torch.from_numpy(np.atleast_2d(tokens)).to(policy.device)  # (N, L)
+    scales = np.atleast_1d(observation["scale"])  # (N,)
+    prompts = [row.tobytes().rstrip(b"\0").decode() for row in np.atleast_2d(observation["prompt"])]
+    schedule = policy.schedule
+    action = np.zeros((len(flat), *schedule.grids[-1]), np.int64)
+    for t in np.unique(scales).tolist():
+        if t >= len(schedule):
+            raise ValueError(f"the episode is over, there is no grid {t}: reset the environment")
+        rows = np.flatnonzero(scales == t)
+        cond = policy.encode_prompts([prompts[row] for row in rows])
+        grids = [flat[rows, part].unsqueeze(-1) for part in schedule.slices[:t]]
+        logits = policy(cond, grids, range(t, t + 1))
+        null_logits = policy(policy.null_cond(cond), grids, range(t, t + 1)) if decoding.guided else None
+        h, w = schedule.grids[t]
+        action[rows, :h, :w] = draw(logits, null_logits, decoding).tokens.view(len(rows), h, w).cpu().numpy()
+    return action if tokens.ndim == 2 else action[0]

@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_envs, tiny_policy
+
+from agents.evaluation import bootstrap_interval, evaluate, held_out_scenes
+from agents.pictures import caption, sample_sheet
+from agents.sampling import Decoding
+from var_env import World
+from var_env.scenes import scene_from_prompt, split_of
+
+
+@pytest.fixture
+def policy(tokenizer):
+    return tiny_policy(tokenizer)
+
+
+class TestEvaluate:
+    def test_arrays_follow_the_prompts(self, policy, parts):
+        scenes = [scene_from_prompt(f'a sign that says "{word}"') for word in ("SEEN", "SEND", "OTHER")]
+        result = evaluate(policy, tiny_envs(parts), scenes, batch_size=2)
+        assert result.scenes == scenes and result.images.shape == (3, 64, 64, 3)
+        assert result.word_accuracy.tolist() == [1, 0, 0]  # the toy reward always reads SEEN
+        np.testing.assert_allclose(result.ned[:2], [1, 0.5], atol=1e-6)
+        np.testing.assert_allclose(result.scores, result.images.mean((1, 2, 3)) / 255, atol=1e-6)
+        assert result.nothing_read.tolist() == [0, 0, 0] and result.words_read == [["SEEN"]] * 3
+        assert result.parts["mean"].shape == (3,)
+        assert result.means()["word_accuracy"] == pytest.approx(1 / 3)
+
+    def test_deterministic_and_without_side_effects(self, policy, parts):
+        envs = tiny_envs(parts)
+        envs.reset(seed=0)
+        policy.train()
+        torch.manual_seed(0)
+        state = torch.get_rng_state()
+        first = evaluate(policy, envs, 5, Decoding(top_k=5), seed=3, batch_size=4)
+        again = evaluate(policy, parts, 5, Decoding(top_k=5), seed=3, batch_size=4)
+        other = evaluate(policy, envs, 5, Decoding(top_k=5), seed=4, batch_size=4)
+        assert first.scenes == again.scenes and np.array_equal(first.images, again.images)
+        assert not np.array_equal(first.images, other.images)
+        assert policy.training and torch.equal(torch.get_rng_state(), state)
+        assert envs.t == 0  # the caller's episode goes on
+
+    def test_held_out_scenes(self):
+        world = World(regions={2: 1.0})
+        scenes = held_out_scenes(world, 6, seed=1)
+        assert scenes[:3] == held_out_scenes(world, 3, seed=1) != held_out_scenes(world, 3, seed=2)
+        assert all(split_of(word) == "test" for scene in scenes for word in scene.words)
+        assert all(len(scene.words) == 2 for scene in scenes)
+
+    def test_no_prompts(self, policy, parts):
+        with pytest.raises(ValueError, match="at least one prompt"):
+            evaluate(policy, parts, [])
+
+
+class TestBootstrap:
+    def test_matches_the_normal_interval(self):
+        values = np.random.default_rng(0).normal(1.0, 2.0, 400)
+        mean, low, high = bootstrap_interval(values)
+        half = 1.96 * values.std() / 20
+        assert mean == pytest.approx(values.mean())
+        assert low == pytest.approx(mean - half, abs=0.03) and high == pytest.approx(mean + half, abs=0.03)
+
+    def test_level_seed_and_constants(self):
+        values = np.arange(30.0)
+        assert bootstrap_interval(values) == bootstrap_interval(values)
+        _, low, high = bootstrap_interval(values, level=0.5)
+        assert bootstrap_interval(values)[1] < low < high < bootstrap_interval(values)[2]
+        assert bootstrap_interval([2.0, 2.0]) == (2.0, 2.0, 2.0)
+
+    @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [[1.0]]])
+    def test_bad_values(self, values):
+        with pytest.raises(ValueError, match="finite"):
+            bootstrap_interval(values)
+
+    def test_bad_level(self):
+        with pytest.raises(ValueError, match="level"):
+            bootstrap_interval([1.0], level=95)
+
+
+class TestPictures:
+    def test_sheet_shows_every_picture_and_its_caption(self):
+        images = np.stack([np.full((64, 64, 3), shade, np.uint8) for shade in (0, 90, 180)])
+        sheet = sample_sheet(images, [caption(["RUN"], ["RUM"], 0.5), "", "a caption that is too long" * 9], columns=2)
+        assert sheet.dtype == np.uint8 and sheet.shape[2] == 3
+        tile, height = 192, 192 + 2 * 15 + 4
+        assert sheet.shape[:2] == (2 * height, 2 * (tile + 4))
+        assert (sheet[:tile, :tile] == 0).all() and (sheet[:tile, tile + 4 : -4] == 90).all()
+        assert (sheet[height : height + tile, :tile] == 180).all()
+        strip = sheet[tile:height, : tile + 4]
+        assert strip.min() < 100 and (sheet[tile:height, tile + 4 :] == 255).all()  # writing, and none
+        assert (sheet[height:, tile + 4 :] == 255).all()  # long captions are cut at the tile
+
+    def test_caption(self):
+        assert caption(["KITE", "RUN"], ["K1TE"], 0.83) == "KITE RUN\n-> K1TE  +0.83"
+        assert caption(["KITE"], [], -0.6) == "KITE\n-> (nothing)  -0.60"
+
+    def test_captions_must_match(self):
+        with pytest.raises(ValueError, match="one caption a picture"):
+            sample_sheet(np.zeros((2, 8, 8, 3), np.uint8), ["a"])

@@ -1,0 +1,148 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_envs, tiny_policy
+
+from agents.rollout import Caches, act, collect, make_envs, unroll
+from agents.sampling import Decoding
+from var_env import VARTextEnv
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def policy(tokenizer):
+    return tiny_policy(tokenizer)
+
+
+def begin(policy, envs, decoding, seed=0):
+    envs.reset(seed=seed)
+    cond = policy.encode_prompts([scene.prompt for scene in envs.scenes])
+    return cond, Caches(policy, cond, decoding.guided)
+
+
+class TestUnroll:
+    @pytest.mark.parametrize("decoding", [Decoding(), Decoding(temperature=0.7, guidance=3.0)], ids=["plain", "guided"])
+    def test_cached_sampling_agrees_with_teacher_forcing(self, policy, parts, decoding):
+        envs = tiny_envs(parts, 3)
+        cond, caches = begin(policy, envs, decoding)
+        trail = unroll(policy, envs, caches, range(3), decoding, seeded())
+        logits = policy(cond, trail.grids, range(3))
+        null = policy(policy.null_cond(cond), trail.grids, range(3))
+        scores = (null + decoding.guidance * (logits - null)) / decoding.temperature
+        tokens = torch.cat(trail.grids, 1).unsqueeze(-1)
+        expected = scores.log_softmax(-1).gather(-1, tokens).squeeze(-1)
+        torch.testing.assert_close(torch.cat(trail.logp, 1), expected, atol=1e-4, rtol=1e-4)
+
+    def test_in_two_parts_as_in_one(self, policy, parts):
+        whole_envs, split_envs = tiny_envs(parts), tiny_envs(parts)
+        _, whole_caches = begin(policy, whole_envs, Decoding())
+        _, split_caches = begin(policy, split_envs, Decoding())
+        whole = unroll(policy, whole_envs, whole_caches, range(3), Decoding(), seeded())
+        generator = seeded()
+        first = unroll(policy, split_envs, split_caches, range(2), Decoding(), generator)
+        second = unroll(policy, split_envs, split_caches, range(2, 3), Decoding(), generator)
+        assert not first.info
+        for a, b in zip(whole.grids, first.grids + second.grids, strict=True):
+            assert torch.equal(a, b)
+        assert np.array_equal(whole.info["image"], second.info["image"])
+
+    def test_forks_of_a_prefix_share_it(self, policy, parts):
+        envs = tiny_envs(parts)
+        _, caches = begin(policy, envs, Decoding())
+        unroll(policy, envs, caches, range(1), Decoding(), seeded())
+        index = torch.arange(2).repeat_interleave(3)
+        forked = envs.fork(3)
+        trail = unroll(policy, forked, caches.fork(index), range(1, 3), Decoding(), seeded(1))
+        assert trail.grids[0].shape == (6, 4, 1) and trail.info["score"].shape == (6,)
+        assert torch.equal(forked.grids[0], envs.grids[0][index])
+        # The parent's cache is not used up by its forks.
+        again = unroll(policy, envs.fork(3), caches.fork(index), range(1, 3), Decoding(), seeded(1))
+        assert all(torch.equal(a, b) for a, b in zip(trail.grids, again.grids, strict=True))
+
+    def test_times_the_reward_and_gives_it_back(self, policy, parts):
+        envs = tiny_envs(parts)
+        _, caches = begin(policy, envs, Decoding())
+        trail = unroll(policy, envs, caches, range(3), Decoding(), seeded())
+        assert set(trail.seconds) == {"sampling", "decode", "reward"} and min(trail.seconds.values()) > 0
+        assert envs.reward is parts["reward"] and envs.reward.calls == 1
+
+
+class TestCollect:
+    def test_rows_are_groups_of_one_prompt(self, policy, parts):
+        envs = tiny_envs(parts, 2)
+        rollout = collect(policy, envs, 4, Decoding(), seeded(), seed=7)
+        assert rollout.scores.shape == (2, 4) and rollout.scores.dtype == torch.float32
+        assert [grid.shape for grid in rollout.grids] == [(8, 1, 1), (8, 4, 1), (8, 16, 1)]
+        prompts = [scene.prompt for scene in rollout.scenes]
+        assert prompts == [envs.scenes[0].prompt] * 4 + [envs.scenes[1].prompt] * 4 and len(set(prompts)) == 2
+        assert rollout.images.shape == (8, 64, 64, 3) and len(rollout.words_read) == len(rollout.regions) == 8
+        assert rollout.images_decoded == 8 and rollout.tokens_sampled == 8 * 21
+        brightness = rollout.images.mean((1, 2, 3)) / 255
+        np.testing.assert_allclose(rollout.scores.flatten(), brightness, atol=1e-6)
+        assert len(np.unique(rollout.images, axis=0)) > 4  # a group is not one picture many times
+
+    def test_repeats_with_its_seeds_and_takes_scenes(self, policy, parts):
+        first = collect(policy, tiny_envs(parts), 3, Decoding(), seeded(), seed=1)
+        again = collect(policy, tiny_envs(parts), 3, Decoding(), seeded(), scenes=first.scenes[::3])
+        assert torch.equal(first.scores, again.scores)
+        assert np.array_equal(first.images, again.images)
+
+    def test_summary_matches_numpy(self, policy, parts):
+        rollout = collect(policy, tiny_envs(parts), 4, Decoding(top_k=3), seeded())
+        rollout.scores[0] = 0.25
+        summary, scores = rollout.summary(), rollout.scores.double().numpy()
+        assert summary["reward"] == pytest.approx(scores.mean())
+        assert summary["reward_std"] == pytest.approx(scores.std())
+        assert summary["reward_std_in_group"] == pytest.approx(scores.std(1).mean())
+        assert summary["zero_variance_groups"] == 0.5
+        assert 0 < summary["tail_mass"] < 1
+        assert summary["mean"] == pytest.approx(rollout.parts["mean"].mean())  # the toy reward's only part
+
+    def test_support_is_kept_on_request(self, policy, parts):
+        kept = collect(policy, tiny_envs(parts), 2, Decoding(top_k=3), seeded(), keep_support=True)
+        for grid, support in zip(kept.grids, kept.support, strict=True):
+            assert support.shape == (*grid.shape, 32) and support.gather(-1, grid.unsqueeze(-1)).all()
+        assert collect(policy, tiny_envs(parts), 2, Decoding(top_k=3), seeded()).support == [None] * 3
+
+
+class TestAct:
+    def test_follows_greedy_unroll(self, policy, parts):
+        greedy = Decoding(temperature=0)
+        vector = tiny_envs(parts, 1)
+        _, caches = begin(policy, vector, greedy, seed=3)
+        trail = unroll(policy, vector, caches, range(3), greedy)
+        env = VARTextEnv(**parts)
+        observation, _ = env.reset(seed=3)
+        for (h, w), grid in zip(env.schedule.grids, trail.grids, strict=True):
+            action = act(policy, observation, greedy)
+            assert action.shape == (4, 4) and env.action_space.contains(action)
+            assert np.array_equal(action[:h, :w].ravel(), grid[0, :, 0].numpy())
+            observation, *_ = env.step(action)
+        with pytest.raises(ValueError, match="over"):
+            act(policy, observation, greedy)
+
+    def test_batches_may_mix_scales(self, policy, parts):
+        env = VARTextEnv(**parts)
+        observations = [env.reset(seed=0)[0]]
+        observations.append(env.step(act(policy, observations[0], Decoding(temperature=0)))[0])
+        batch = {key: np.stack([o[key] for o in observations]) for key in observations[0]}
+        actions = act(policy, batch, Decoding(temperature=0))
+        for action, observation in zip(actions, observations, strict=True):
+            assert np.array_equal(action, act(policy, observation, Decoding(temperature=0)))
+
+
+class TestMakeEnvs:
+    def test_from_a_name_a_single_and_a_batched_environment(self, parts):
+        batched = tiny_envs(parts, 2)
+        assert make_envs(batched, 2) is batched
+        for env in (batched, VARTextEnv(**parts), gym.make("VARText-v0", **parts)):
+            made = make_envs(env, 5)
+            assert made.num_envs == 5 and made.tokenizer is parts["tokenizer"] and made.reward is parts["reward"]
+
+    def test_other_environments(self):
+        with pytest.raises(ValueError, match="VARText"):
+            make_envs(gym.make("CartPole-v1"), 2)
