@@ -1,0 +1,304 @@
+"""Time the environment, the reward, sampling and updates, and compare with the targets for two cores.
+
+    python examples/bench.py                              # a minute or two on two cores
+    python examples/bench.py --json runs/bench.json
+    python examples/bench.py --device cuda --repeats 10
+
+Every number is the median over --repeats, after one run to warm up. What is measured, for a batch of --images:
+
+- **environment steps/s**: grids appended a second, one a row and step, with codes given and a reward that is free;
+  writing on the canvas and decoding the picture count.
+- **rollout images/s**: prompts drawn, sampled with the policy, decoded and read: an iteration without its update.
+- **environment's own share**: of a rollout's time, what `reset`, `step` and `fork` of the batched environment take,
+  less the tokenizer's `blank`, `write` and `decode` and less the reward.
+- **update images/s**: pictures learned from a second, in a GRPO update with its KL term.
+- **OCR ms/image**: reading rendered held-out scenes in one batch. **RapidOCR's defaults** read the same pictures one by
+  one, right after, as `rapidocr.RapidOCR()(image)` does; the same text means the same words in the same order.
+- **cached sampling**: all scales of a batch drawn with the cache, prompts encoded once a group as in a rollout, against
+  the whole prefix, prompt and canvas included, run again at every scale. That both draw the same codes from the same
+  noise is checked first, in double precision, so that rounding cannot tip a draw.
+
+Targets are for an idle machine of two cores; another device or load gives other numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import rapidocr
+import torch
+from common import add_model_options, clear_errors, load_policy, make_env, make_parser, table, write_json
+from stable_baselines3.common.logger import Logger
+from torch import Tensor
+from tqdm import tqdm
+
+from agents import GRPO, Decoding, held_out_scenes
+from agents.policies.base import Policy
+from agents.rollout import TimedReward, collect
+from agents.sampling import draw
+from rewards import HasWords, OCRReward, Reward, RewardOutput
+from var_env import Tokenizer, VARTextVectorEnv
+from var_env.scenes import render
+
+PHASES = ("sampling", "decode", "reward", "update")
+
+
+@dataclass
+class Measured:
+    """One line of the table."""
+
+    name: str
+    value: float
+    unit: str
+    target: str = ""
+    met: bool | None = None  # None: there is no target
+
+
+class FreeReward(Reward):
+    """Costs nothing."""
+
+    name = "free"
+
+    def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
+        return RewardOutput(np.zeros(len(images), np.float32))
+
+
+class Bench:
+    """The measurements, on batches of ``images`` pictures in groups of ``group_size``."""
+
+    def __init__(self, policy: Policy, images: int, group_size: int, repeats: int) -> None:
+        self.policy, self.images, self.group_size, self.repeats = policy, images, group_size, repeats
+        self.envs = make_env(policy, images // group_size, split="test")
+        self.scenes = held_out_scenes(self.envs.world, images)
+
+    def median(self, name: str, work: Callable[[], float]) -> float:
+        """The median of what ``work`` returns, after one call that does not count."""
+        work()
+        return median(work() for _ in tqdm(range(self.repeats), name, leave=False))
+
+    def seconds(self, name: str, work: Callable[[], Any]) -> float:
+        """The median time of a call."""
+        return self.median(name, lambda: self.clock(work))
+
+    def clock(self, work: Callable[[], Any]) -> float:
+        """The time of one call, a GPU's included."""
+        synchronize(self.policy.device)
+        start = time.perf_counter()
+        work()
+        synchronize(self.policy.device)
+        return time.perf_counter() - start
+
+    # The environment and rollouts ------------------------------------------------------------------------------------
+
+    def environment(self) -> list[Measured]:
+        base = self.envs
+        envs = VARTextVectorEnv(self.images, world=base.world, tokenizer=base.tokenizer, reward=FreeReward())
+        rng = np.random.default_rng(0)
+        grids = [rng.integers(base.tokenizer.vocab_size, size=(self.images, n)) for n in base.schedule.sizes]
+
+        def episode() -> None:
+            envs.reset(options={"scenes": self.scenes})
+            for grid in grids:
+                envs.step(grid)
+
+        seconds = self.seconds("environment", episode)
+        return [Measured("environment steps/s", self.images * len(grids) / seconds, "1/s")]
+
+    def rollout(self) -> list[Measured]:
+        generator = torch.Generator(self.policy.device).manual_seed(0)
+
+        def roll() -> None:
+            collect(self.policy, self.envs, self.group_size, Decoding(), generator, seed=0)
+
+        def own_share() -> float:
+            with (
+                stopwatch(VARTextVectorEnv, "reset", "step", "fork") as inside,
+                stopwatch(Tokenizer, "blank", "write", "decode") as tokenizer,
+                stopwatch(TimedReward, "__call__") as reward,
+            ):
+                total = self.clock(roll)
+            return (inside[0] - tokenizer[0] - reward[0]) / total
+
+        seconds = self.seconds("rollout", roll)
+        share = 100 * self.median("environment's own share", own_share)
+        return [
+            Measured("rollout images/s", self.images / seconds, "1/s"),
+            Measured("environment's own share of a rollout", share, "%", "<= 3", share <= 3),
+        ]
+
+    # A GRPO iteration ------------------------------------------------------------------------------------------------
+
+    def iteration(self) -> list[Measured]:
+        agent = GRPO(
+            self.policy,
+            self.envs,
+            group_size=self.group_size,
+            prompts_per_update=self.images // self.group_size,
+            learning_rate=0.0,  # each repeat meets the same policy
+            image_interval=0,
+            seed=0,
+            device=self.policy.device,
+        )
+        logger = Logger(None, [])
+        agent.set_logger(logger)
+        seen: list[list[float]] = []
+        for _ in tqdm(range(self.repeats + 1), "iterations", leave=False):
+            agent.iterate()
+            seen.append([logger.name_to_value[f"time/{phase}"] for phase in PHASES])
+        times = np.median(seen[1:], axis=0)  # (phases,)
+        shares = 100 * times / times.sum()
+        return [
+            Measured("update images/s", self.images / times[-1], "1/s"),
+            Measured("GRPO iteration", times.sum(), "s"),
+            *(Measured(f"share of {phase}", share, "%") for phase, share in zip(PHASES, shares, strict=True)),
+        ]
+
+    # The reward ------------------------------------------------------------------------------------------------------
+
+    def ocr(self) -> list[Measured]:
+        images = np.stack([render(scene) for scene in self.scenes])
+        assert isinstance(self.envs.reward, OCRReward)
+        engine = self.envs.reward.engine
+        default: Any = rapidocr.RapidOCR(params={"Global.log_level": "critical"})
+        default(images[0][..., ::-1])  # opens the models
+        ours = 1000 * self.seconds("OCR", lambda: engine.read(images)) / self.images
+        texts: list[list[str]] = []
+
+        def one_by_one() -> None:
+            for image in tqdm(images, "RapidOCR's defaults", leave=False):
+                texts.append(" ".join(default(image[..., ::-1]).txts or ()).split())
+
+        theirs = 1000 * self.clock(one_by_one) / self.images
+        read = [[word for line in lines for word in line.text.split()] for lines in engine.read(images)]
+        equal = 100 * float(np.mean([mine == other for mine, other in zip(read, texts, strict=True)]))
+        return [
+            Measured("OCR ms/image", ours, "ms", "<= 15", ours <= 15),
+            Measured("RapidOCR's defaults, ms/image", theirs, "ms"),
+            Measured("OCR, times faster than the defaults", theirs / ours, "x", ">= 10", theirs / ours >= 10),
+            Measured("OCR, pictures with the same text", equal, "%", ">= 99", equal >= 99),
+        ]
+
+    # The cache -------------------------------------------------------------------------------------------------------
+
+    def cache(self) -> list[Measured]:
+        prompts = [scene.prompt for scene in self.scenes[: self.images // self.group_size]]
+        exact = copy.deepcopy(self.policy).double()
+        exact.tokenizer.double()
+        exact.precision = "fp32"  # type: ignore[assignment] # no autocast
+        torch.set_default_dtype(torch.float64)
+        try:
+            pairs = zip(self.sample(exact, prompts, True), self.sample(exact, prompts, False), strict=True)
+            if not all(torch.equal(cached, again) for cached, again in pairs):
+                raise RuntimeError("cached and repeated sampling drew different codes from the same noise")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        cached = self.seconds("cached sampling", lambda: self.sample(self.policy, prompts, True))
+        again = self.seconds("whole prefix", lambda: self.sample(self.policy, prompts, False))
+        return [
+            Measured("sampling images/s, cached", self.images / cached, "1/s"),
+            Measured("sampling images/s, whole prefix at every scale", self.images / again, "1/s"),
+            Measured("cached sampling, times faster", again / cached, "x", ">= 3", again / cached >= 3),
+        ]
+
+    @torch.no_grad()
+    def sample(self, policy: Policy, prompts: list[str], cached: bool) -> list[Tensor]:
+        """The grids ``(B, n_t, 1)`` of a group for each prompt, from noise of a fixed seed."""
+        generator = torch.Generator(policy.device).manual_seed(0)
+        index = torch.arange(len(prompts), device=policy.device).repeat_interleave(self.group_size)
+        cond = policy.encode_prompts(prompts)
+        cache = policy.fork(policy.begin(cond), index) if cached else None
+        cond, tokenizer = policy.take(cond, index), policy.tokenizer
+        canvas = tokenizer.blank(len(index))
+        grids: list[Tensor] = []
+        for t in range(len(policy.schedule)):
+            if cached:
+                canvas = tokenizer.write(t - 1, canvas, grids[-1]) if t else canvas
+                logits, cache = policy.step(cache, t, tokenizer.read(t, canvas), grids[-1] if t else None)
+            else:
+                logits = policy(cond, grids, range(t, t + 1))
+            grids.append(draw(logits, None, Decoding(), generator).tokens)
+        return grids
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the GPU, if it is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def stopwatch(owner: type, *names: str) -> Iterator[list[float]]:
+    """The seconds spent in methods of a class inside the ``with`` block, as a list of one number."""
+    total = [0.0]
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                total[0] += time.perf_counter() - start
+
+        return call
+
+    with ExitStack() as patches:
+        for name in names:
+            patches.enter_context(patch.object(owner, name, timed(getattr(owner, name))))
+        yield total
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_model_options(parser)
+    parser.add_argument("--images", type=int, default=64, help="in a batch (default: %(default)s)")
+    parser.add_argument("--group-size", type=int, default=8, help="pictures for each prompt (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, too")
+    args = parser.parse_args(argv)
+    if min(args.images, args.group_size, args.repeats) < 1 or args.images % args.group_size:
+        parser.error("--images must be a multiple of --group-size, and both and --repeats at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    with clear_errors():
+        bench = Bench(load_policy(args), args.images, args.group_size, args.repeats)
+    measured = [*bench.environment(), *bench.rollout(), *bench.iteration(), *bench.ocr(), *bench.cache()]
+    machine = {
+        "device": str(bench.policy.device),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "images": args.images,
+        "group_size": args.group_size,
+        "repeats": args.repeats,
+    }
+    verdicts = {None: "", True: "PASS", False: "FAIL"}
+    rows = [
+        [m.name, f"{m.value:.4g} {m.unit}", f"{m.target} {m.unit}" if m.target else "", verdicts[m.met]]
+        for m in measured
+    ]
+    print(table(["Measured", "Median", "Target", ""], rows))
+    print("\n" + ", ".join(f"{name} {value}" for name, value in machine.items()))
+    if args.json:
+        write_json(args.json, {"machine": machine, "measured": [asdict(m) for m in measured]})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""The benchmark at a tiny size: what it measures makes sense, whatever the machine."""
+
+import json
+import time
+
+import pytest
+from test_examples import module, run, weights
+
+__all__ = ["module", "weights"]  # fixtures
+
+
+def test_numbers(weights, tmp_path):
+    options = ["--images", 4, "--group-size", 2, "--repeats", 2, "--json", tmp_path / "bench.json"]
+    printed = run("bench", *weights, *options)
+    written = json.loads((tmp_path / "bench.json").read_text())
+    values = {line["name"]: line["value"] for line in written["measured"]}
+    assert all(value > 0 for value in values.values())
+    assert sum(value for name, value in values.items() if name.startswith("share of ")) == pytest.approx(100)
+    assert values["environment's own share of a rollout"] < 50
+    assert values["OCR, pictures with the same text"] == 100
+    assert {line["name"] for line in written["measured"] if line["met"] is not None} == {
+        "environment's own share of a rollout",
+        "OCR ms/image",
+        "OCR, times faster than the defaults",
+        "OCR, pictures with the same text",
+        "cached sampling, times faster",
+    }
+    assert printed.count("PASS") + printed.count("FAIL") == 5
+    assert written["machine"]["images"] == 4 and written["machine"]["device"] == "cpu"
+
+
+def test_a_batch_of_whole_groups(module, capsys):
+    with pytest.raises(SystemExit):
+        module("bench").parse(["--images", "9", "--group-size", "2"])
+    assert "--images must be a multiple of --group-size" in capsys.readouterr().err
+
+
+def test_stopwatch_adds_up_and_leaves_no_trace(module):
+    class Sleeper:
+        def nap(self, seconds):
+            time.sleep(seconds)
+            return seconds
+
+    before = Sleeper.nap
+    with module("bench").stopwatch(Sleeper, "nap") as total:
+        assert Sleeper().nap(0.02) == 0.02
+        Sleeper().nap(0.03)
+    assert 0.05 <= total[0] < 0.5
+    assert Sleeper.nap is before
