@@ -39,11 +39,14 @@ class Cond(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values so far. ``N`` layers, ``A`` heads, ``E`` channels a head."""
+    """Keys and values of prompt and image tokens so far. `N` layers, `A` heads, `E` channels a head."""
 
-    keys: Tensor  # (N, B, A, P + L, E): the prompt's, then the image tokens', preallocated
-    values: Tensor  # (N, B, A, P + L, E)
+    text_keys: Tensor  # (N, B, A, P, E)
+    text_values: Tensor  # (N, B, A, P, E)
     text_bias: Tensor  # (B, 1, 1, P): 0 where a byte is, -inf where padding is
+    keys: Tensor  # (N, B, A, L, E), preallocated and written in place
+    values: Tensor  # (N, B, A, L, E)
+    filled: int  # image tokens so far
 
 
 class VARTextPolicy(Policy):
@@ -96,29 +99,35 @@ class VARTextPolicy(Policy):
         with self._autocast():
             text, bias = self.text(cond)  # (B, P, width), (B, 1, 1, P)
             pairs = [block.text_keys_values(text) for block in self.blocks]
-        keys = torch.stack([k for k, _ in pairs])  # (N, B, A, P, E)
-        values = torch.stack([v for _, v in pairs])
-        room = (0, 0, 0, self.schedule.total_tokens)
-        return Cache(F.pad(keys, room), F.pad(values, room), bias)
+        keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))  # (N, B, A, P, E)
+        return Cache(keys, values, bias, self._room(keys), self._room(keys), 0)
 
     def step(self, cache: Cache, t: int, features: Tensor, previous: Tensor | None) -> tuple[Tensor, Cache]:
-        keys, values, text_bias = cache
         here = self.schedule.slices[t]
-        prompt = text_bias.shape[-1]
-        bias = F.pad(text_bias, (0, here.stop))  # (B, 1, 1, P + tokens so far): every earlier token is seen
+        cache = cache._replace(filled=here.stop)
         with self._autocast():
             x = self.embed_features(features)  # (B, n_t, width); bf16 from here on under autocast
             x = x + self.position[here].to(x.dtype)
             for i, block in enumerate(self.blocks):
                 q, k, v = block.queries_keys_values(x)
-                keys[i, :, :, prompt + here.start : prompt + here.stop] = k
-                values[i, :, :, prompt + here.start : prompt + here.stop] = v
-                seen = prompt + here.stop
-                x = block.finish(x, attend(q, keys[i, :, :, :seen], values[i, :, :, :seen], bias))
+                keys, values = cache.keys[i], cache.values[i]  # (B, A, L, E)
+                keys[:, :, here], values[:, :, here] = k, v
+                text = (cache.text_keys[i], cache.text_values[i], cache.text_bias)
+                image = (keys[:, :, : here.stop], values[:, :, : here.stop], None)  # all earlier tokens are seen
+                x = block.finish(x, attend(q, text, image))
             return self._logits(x), cache
 
     def fork(self, cache: Cache, index: Tensor) -> Cache:
-        return Cache(cache.keys.index_select(1, index), cache.values.index_select(1, index), cache.text_bias[index])
+        text_keys, text_values = cache.text_keys.index_select(1, index), cache.text_values.index_select(1, index)
+        keys, values = self._room(text_keys), self._room(text_keys)
+        for old, new in ((cache.keys, keys), (cache.values, values)):
+            new[:, :, :, : cache.filled] = old[:, :, :, : cache.filled].index_select(1, index)
+        return Cache(text_keys, text_values, cache.text_bias[index], keys, values, cache.filled)
+
+    def _room(self, text_keys: Tensor) -> Tensor:
+        """Uninitialised keys or values for all image tokens, `(N, B, A, L, E)`."""
+        layers, batch, heads, _, channels = text_keys.shape
+        return text_keys.new_empty(layers, batch, heads, self.schedule.total_tokens, channels)
 
     # The teacher-forced path -------------------------------------------------------------------------------------
 
@@ -131,15 +140,12 @@ class VARTextPolicy(Policy):
         first, last = self.schedule.slices[steps[0]].start, self.schedule.slices[steps[-1]].stop
         with self._autocast():
             text, text_bias = self.text(cond)
-            bias = torch.cat(  # (B, 1, n, P + n)
-                [text_bias.expand(-1, -1, last, -1), self._scale_bias(last).expand(len(text), 1, -1, -1)], dim=-1
-            )
+            bias = self._scale_bias(last)  # (n, n)
             x = self.embed_features(features)  # (B, n, width)
             x = x + self.position[:last].to(x.dtype)
             for block in self.blocks:
                 q, k, v = block.queries_keys_values(x)
-                text_k, text_v = block.text_keys_values(text)
-                x = block.finish(x, attend(q, torch.cat([text_k, k], 2), torch.cat([text_v, v], 2), bias))
+                x = block.finish(x, attend(q, (*block.text_keys_values(text), text_bias), (k, v, bias)))
             return self._logits(x[:, first:])
 
     # Parts -------------------------------------------------------------------------------------------------------
@@ -196,7 +202,7 @@ class TextEncoder(nn.Module):
         x = x + self.offset.weight[: cond.bytes.shape[1]]
         x = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
         q, k, v = self.block.queries_keys_values(x)
-        return self.norm(self.block.finish(x, attend(q, k, v, bias))), bias
+        return self.norm(self.block.finish(x, attend(q, (k, v, bias)))), bias
 
 
 class Block(nn.Module):
@@ -226,12 +232,27 @@ class Block(nn.Module):
         return x.unflatten(2, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, A, n, E)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Softmax attention, `(B, A, n, E)` over `(B, A, m, E)`, with an additive bias `(B, 1, n or 1, m)`."""
+Memory = tuple[Tensor, Tensor, Tensor | None]  # keys and values (B, A, m, E), and a bias that fits (B, A, n, m)
+
+
+def attend(q: Tensor, *memories: Memory) -> Tensor:
+    """Attention of queries `(B, A, n, E)` to several memories in one softmax, as if they were one: `(B, A, n, E)`."""
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # the CPU's fused kernel is slow in the backward pass
-    return (scores + bias.to(q.dtype)).softmax(-1).to(v.dtype) @ v
+        spread = (len(q), 1, q.shape[2])
+        biases = [
+            (q.new_zeros(1) if bias is None else bias.to(q.dtype)).expand(*spread, k.shape[2])
+            for k, _, bias in memories
+        ]
+        k, v = (torch.cat(part, 2) for part in list(zip(*memories, strict=True))[:2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=torch.cat(biases, 3))
+    # By hand: the CPU's fused kernel is slow in its backward pass, and this way only the scores are concatenated.
+    q = q * q.shape[-1] ** -0.5
+    scores = [
+        q @ k.transpose(-1, -2) if bias is None else q @ k.transpose(-1, -2) + bias.to(q.dtype)
+        for k, _, bias in memories
+    ]
+    weights = torch.cat(scores, -1).softmax(-1).to(q.dtype).split([k.shape[2] for k, _, _ in memories], -1)
+    return functools.reduce(torch.add, (w @ v for w, (_, v, _) in zip(weights, memories, strict=True)))
 
 
 @functools.lru_cache(maxsize=4096)
