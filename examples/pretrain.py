@@ -195,15 +195,15 @@ def sample_images(policy: VARTextPolicy, prompts: list[str], generator: torch.Ge
     return tokenizer.decode(canvas)
 
 
-def cosine(progress: float) -> float:
+def cosine(step: int, total: int) -> float:
     """A linear warm-up over 2 % of the steps, and half a cosine down to 5 %."""
-    return min(1.0, progress / 0.02) * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
+    return min(1.0, 50 * step / total) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / total)) / 2)
 
 
-def plateau(progress: float) -> float:
-    """Warm-up over 2 % of the steps, then flat, then down to 2 % over the last 30 %: the flat part can be made longer
-    later, by a larger ``--policy-steps``, without starting over (warm-up-stable-decay; Hu et al., arXiv 2404.06395)."""
-    return min(1.0, progress / 0.02) * min(1.0, 0.02 + 0.98 * (1 - progress) / 0.3)
+def plateau(step: int, total: int) -> float:
+    """A warm-up over 64 steps, then flat, then down to 2 % over the last 15 %. A checkpoint of the flat part can go on
+    to any later end, by another ``--policy-steps`` (warm-up-stable-decay; Hu et al., arXiv 2404.06395)."""
+    return min(1.0, step / 64) * min(1.0, 0.02 + 0.98 * (1 - step / total) / 0.15)
 
 
 def decay_groups(policy: VARTextPolicy) -> list[dict]:
@@ -253,15 +253,15 @@ class Run:
         torch.save(state, part)
         part.replace(self.path)
 
-    def steps(self, total: int, peak: float, shape: Callable[[float], float]) -> Iterator[tuple[int, Any]]:
-        """Batches with the learning rate set: `peak` times `shape` of the share of the steps that is done."""
+    def steps(self, total: int, peak: float, shape: Callable[[int, int], float]) -> Iterator[tuple[int, Any]]:
+        """Numbered batches, with the learning rate set to `peak` times `shape(step, total)`."""
         args = self.args
         scenes = SceneStream(self.batch, args.seed, self.first)
         stream = torch.utils.data.DataLoader(scenes, batch_size=None, num_workers=args.workers)
         self.clock = time.monotonic()
         for step, batch in zip(range(self.first, total), stream, strict=False):
             for group in self.optimizer.param_groups:
-                group["lr"] = peak * shape(step / total)
+                group["lr"] = peak * shape(step, total)
             yield step, batch
             self.seen += self.batch
             if (step + 1) % args.save_every == 0 or step + 1 == total:
@@ -312,7 +312,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes; a GPU wants 8 or more")
     parser.add_argument("--tokenizer-steps", type=int, default=1800)
     parser.add_argument("--tokenizer-lr", type=float, default=1e-3)
-    parser.add_argument("--policy-steps", type=int, default=3200)
+    parser.add_argument("--policy-steps", type=int, default=2235)
     parser.add_argument("--policy-lr", type=float, default=1e-3)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
