@@ -66,7 +66,7 @@ class Agent(BaseAlgorithm):
         *,
         group_size: int = 8,
         prompts_per_update: int = 8,
-        learning_rate: float | Schedule = 1e-4,
+        learning_rate: float | Schedule = 5e-5,
         decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
         image_interval: int = 10,
         seed: int | None = None,

@@ -68,7 +68,7 @@ class Preset:
 
     images: int = option(6400, "budget of each run in reward calls, one for each picture decoded")
     seconds: float = option(480.0, "cap on the training time of all runs together, shared out equally; 0 for none")
-    learning_rate: float = option(1e-4, "AdamW's")
+    learning_rate: float = option(5e-5, "AdamW's")
     group_size: int = option(8, "G, pictures for each prompt")
     prompts_per_update: int = option(8, "P, so that an update learns from P * G pictures")
     kl_coef: float = option(0.02, "weight of the KL to the base policy; 0 is without")
@@ -88,7 +88,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(),
-    "full": Preset(images=64_000, seconds=0.0, test_prompts=1024, val_prompts=128, eval_every=50),
+    "full": Preset(images=12_800, seconds=0.0, test_prompts=512, val_prompts=128, eval_every=50),
 }
 SEEDS = {"quick": [0], "full": [0, 1, 2]}
 SCENE_SEED, NOISE_SEED = 0, 0  # of the held-out prompts, and of the sampler when it draws for them

@@ -85,7 +85,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     book = EmaCodebook(tokenizer.codebook)
     run.extra = {"count": book.count, "total": book.total}
     run.resume()
-    warm_up = 300
+    warm_up = args.tokenizer_steps // 6  # steps as a plain autoencoder
     for step, (scenes, images) in run.steps(args.tokenizer_steps, args.tokenizer_lr, cosine):
         images = images.to(args.device)
         x = to_unit(images)
@@ -207,10 +207,10 @@ def plateau(step: int, total: int) -> float:
 
 
 def decay_groups(policy: VARTextPolicy) -> list[dict]:
-    """Weight decay for the matrices and none for biases, norms and embeddings."""
+    """Weight decay for the matrices and none for biases, norms and embeddings. The temperatures are not trained."""
     matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and "text.byte" not in name]
     chosen = {id(p) for p in matrices}
-    others = [p for p in policy.parameters() if id(p) not in chosen]
+    others = [p for name, p in policy.named_parameters() if id(p) not in chosen and name != "sharpness"]
     return [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
 
 

@@ -174,3 +174,17 @@ class TestVARText:
         assert np.array_equal(
             policy.encode_prompts(PROMPTS[:1]).bytes[0, 1:].numpy(), np.frombuffer(PROMPTS[0].encode(), np.uint8)
         )
+
+    def test_sharpness_is_a_temperature_of_each_scale(self, tokenizer):
+        policy = tiny_policy(tokenizer)
+        grids, cond = random_grids(policy), policy.encode_prompts(PROMPTS)
+        before = policy(cond, grids, EVERY)
+        with torch.no_grad():
+            policy.sharpness += torch.tensor([0.0, 0.001, -0.002])
+        temperature = policy.temperatures()
+        assert temperature == pytest.approx([1.0, np.exp(-0.3), np.exp(0.6)])
+        after = policy(cond, grids, EVERY)
+        for t, part in enumerate(policy.schedule.slices):
+            close(after[:, part] * temperature[t], before[:, part])
+        close(policy(cond, grids, range(2, 3)), after[:, 5:])
+        close(cached_logits(policy, policy.begin(cond), grids), after)

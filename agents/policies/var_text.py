@@ -28,6 +28,7 @@ from var_env.tokenizer import Tokenizer, load_config_and_weights, load_weights, 
 
 START = 1  # the byte value of the start-of-text token; 0 pads
 MAX_WORDS, MAX_PLACE = 8, 16
+SHARPNESS_GAIN = 300.0  # Adam moves a parameter by about the learning rate: 2e-5 here is 0.6 % of a temperature
 
 
 class Cond(NamedTuple):
@@ -75,6 +76,9 @@ class VARTextPolicy(Policy):
         self.head = nn.Linear(width, tokenizer.vocab_size)
         # A second way to the logits, through the codes' own geometry: near codes share what is learned about one.
         self.to_code = nn.Linear(width, tokenizer.channels)
+        # A temperature for each scale, exp(-SHARPNESS_GAIN * sharpness). Pretraining leaves it at 1. Sampling a little
+        # below 1 reads better; a policy can learn that in one number a scale, or with difficulty in all its weights.
+        self.sharpness = nn.Parameter(torch.zeros(len(tokenizer.schedule)))
         for name, weight in self.named_parameters():
             if weight.ndim == 2 and name != "position":
                 depth = 2 * layers if name.endswith(("attention_out.weight", "mlp_out.weight")) else 1
@@ -115,7 +119,7 @@ class VARTextPolicy(Policy):
                 text = (cache.text_keys[i], cache.text_values[i], cache.text_bias)
                 image = (keys[:, :, : here.stop], values[:, :, : here.stop], None)  # all earlier tokens are seen
                 x = block.finish(x, attend(q, text, image))
-            return self._logits(x), cache
+            return self._logits(x, range(t, t + 1)), cache
 
     def fork(self, cache: Cache, index: Tensor) -> Cache:
         text_keys, text_values = cache.text_keys.index_select(1, index), cache.text_values.index_select(1, index)
@@ -146,15 +150,21 @@ class VARTextPolicy(Policy):
             for block in self.blocks:
                 q, k, v = block.queries_keys_values(x)
                 x = block.finish(x, attend(q, (*block.text_keys_values(text), text_bias), (k, v, bias)))
-            return self._logits(x[:, first:])
+            return self._logits(x[:, first:], steps)
 
     # Parts -------------------------------------------------------------------------------------------------------
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """Hidden states `(B, n, width)` to fp32 logits `(B, n, D = 1, V)`."""
+    def _logits(self, x: Tensor, steps: range) -> Tensor:
+        """Hidden states of the tokens of `steps`, `(B, n, width)`, to fp32 logits `(B, n, D = 1, V)`."""
         x = self.norm(x)
         logits = self.head(x) + self.to_code(x) @ self.tokenizer.codebook.T
-        return logits.float().unsqueeze(2)
+        sizes = torch.tensor([self.schedule.sizes[t] for t in steps], device=x.device)
+        scale = (SHARPNESS_GAIN * self.sharpness[steps.start : steps.stop]).exp().repeat_interleave(sizes)  # (n,)
+        return (logits.float() * scale[:, None]).unsqueeze(2)
+
+    def temperatures(self) -> list[float]:
+        """The learned temperature of each scale."""
+        return (-SHARPNESS_GAIN * self.sharpness).exp().tolist()
 
     def _scale_bias(self, tokens: int) -> Tensor:
         """0 where a token may look and -inf at later scales, `(tokens, tokens)`."""
@@ -226,7 +236,7 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm2(x)), approximate="tanh"))
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm2(x))))
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         return x.unflatten(2, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, A, n, E)

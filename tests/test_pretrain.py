@@ -1,0 +1,72 @@
+"""The two stages of pretraining, a few steps each: what they must do is run, resume and leave loadable weights."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from agents.policies.var_text import VARTextPolicy
+from var_env import Tokenizer
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "pretrain.py"
+SMALL = ["--batch", "4", "--log-every", "2", "--save-every", "2", "--picture-every", "4", "--device", "cpu"]
+SMALL += ["--tokenizer-steps", "6", "--policy-steps", "4", "--width", "32", "--layers", "1", "--heads", "2"]
+
+
+def pretrain(stage, out, *options):
+    """One call of the script; what it printed."""
+    command = [sys.executable, str(SCRIPT), stage, "--out", str(out), *SMALL, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrain")
+    assert "used_codes" in pretrain("tokenizer", folder)
+    assert "scale/8x8" in pretrain("policy", folder)
+    return folder
+
+
+def test_weights_load(out):
+    tokenizer = Tokenizer.load(out / "tokenizer.safetensors")
+    policy = VARTextPolicy.load(out / "policy.safetensors", tokenizer)
+    assert policy.temperatures() == [1.0] * 6
+    assert list((out / "tensorboard" / "policy").iterdir())
+
+
+def test_it_learns(out, tmp_path):
+    """On the same batches, longer training fits better."""
+    (tmp_path / "tokenizer.safetensors").write_bytes((out / "tokenizer.safetensors").read_bytes())
+    lines = pretrain("policy", tmp_path, "--policy-steps", "60", "--log-every", "30").splitlines()
+    losses = [float(line.split("  loss ")[1].split()[0]) for line in lines if "  loss " in line]
+    assert len(losses) == 2 and losses[1] < losses[0] - 0.3
+
+
+def test_interrupted_and_resumed_is_uninterrupted(out, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import pretrain as script
+
+    (tmp_path / "tokenizer.safetensors").write_bytes((out / "tokenizer.safetensors").read_bytes())
+    save = script.Run.save
+
+    def save_and_stop(run, step):
+        save(run, step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "policy", "--out", str(tmp_path), *SMALL])
+    monkeypatch.setattr(script.Run, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        script.train_policy(script.parse())
+    assert not (tmp_path / "policy.safetensors").exists()
+    assert torch.load(tmp_path / "policy.checkpoint.pt", weights_only=True)["step"] == 2
+
+    assert "going on from step 2" in pretrain("policy", tmp_path)
+    tokenizer = Tokenizer.load(out / "tokenizer.safetensors")
+    whole, resumed = (VARTextPolicy.load(folder / "policy.safetensors", tokenizer) for folder in (out, tmp_path))
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], weight)
