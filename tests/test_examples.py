@@ -67,7 +67,7 @@ def refused(main, *options):
     return str(error.value)
 
 
-@pytest.mark.parametrize("script", ["compare", "train", "evaluate", "play", "bench"])
+@pytest.mark.parametrize("script", ["compare", "train", "evaluate", "play", "bench", "sweep"])
 def test_help_shows_an_example_and_defaults(script, module, capsys):
     with pytest.raises(SystemExit) as end:
         module(script).parse(["--help"])
@@ -316,3 +316,16 @@ class TestPlay:
 
     def test_a_prompt_without_words(self, weights, module):
         assert "names no word in double quotes" in refused(module("play").main, "A sign", *weights)
+
+
+class TestSweep:
+    def test_rows_of_a_grid(self, weights, tmp_path):
+        small = [*TINY[:4], "--updates", 1, "--prompts", 3, "--learning-rate", 0.0, 1e-3, "--json", tmp_path / "s.json"]
+        printed = run("sweep", *weights, *small)
+        rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+        assert [row["learning_rate"] for row in rows] == [0.0, 1e-3] and printed.count("\n| ") == 3
+        assert all(-0.61 < row["reward"] <= 2 for row in rows)
+
+    def test_signal(self, weights, module, capsys):
+        assert module("sweep").main([*weights, *TINY[:4], "--signal", "3"]) == 0
+        assert "mean cosine between 3 gradients: " in capsys.readouterr().out
