@@ -220,7 +220,7 @@ def fingerprint(policy: Policy) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python, the machine, and the packages that a result depends on."""
-    found = {"python": platform.python_version(), "machine": platform.platform()}
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
     for package in ("vartext", "torch", "numpy", "gymnasium", "stable-baselines3", "rapidocr", "onnxruntime"):
         try:
             found[package] = metadata.version(package)
