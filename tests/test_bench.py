@@ -22,7 +22,7 @@ def test_numbers(weights, tmp_path):
         "environment's own share of a rollout",
         "OCR ms/image",
         "OCR, times faster than the defaults",
-        "OCR, pictures with the same text",
+        "OCR, words read right",
         "cached sampling, times faster",
     }
     assert printed.count("PASS") + printed.count("FAIL") == 5

@@ -152,7 +152,7 @@ class TestCompare:
     def test_other_settings_need_another_folder(self, compared, weights, module):
         options = [*weights, *COMPARE, "--learning-rate", "3e-5", "--out", compared[0]]
         message = refused(module("compare").main, *options)
-        assert "learning_rate=0.0001, and now it is 3e-05" in message and "--out" in message
+        assert "learning_rate=5e-05, and now it is 3e-05" in message and "--out" in message
 
     def test_a_cap_on_the_time(self, weights, module, tmp_path, capsys):
         options = [*weights, *COMPARE, "--images", "4000", "--seconds", "0.01", "--out", str(tmp_path)]

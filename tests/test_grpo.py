@@ -10,6 +10,7 @@ from tiny import STEPS_A_ROLLOUT, csv_logger, tiny_agent, weights_of
 
 from agents import GRPO, Decoding
 from agents.losses import group_advantages
+from agents.policies.var_text import SHARPNESS_GAIN
 from rewards.base import Reward, RewardOutput
 from var_env import VARTextEnv
 
@@ -36,8 +37,9 @@ def assert_same(left, right, **tolerance):
 def nudge(agent, scale=0.05):
     """Move the policy off its reference."""
     with torch.no_grad():
-        for weight in agent.policy.parameters():
-            weight += scale * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+        for name, weight in agent.policy.named_parameters():
+            size = scale / SHARPNESS_GAIN if name == "sharpness" else scale
+            weight += size * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
@@ -213,6 +215,7 @@ class TestSamplersSupport:
 class TestLearning:
     def test_raises_the_reward(self, parts, logged):
         agent = tiny_agent(parts, group_size=16, learning_rate=1e-2, kl_coef=0.0, precision="auto")
+        agent.policy.sharpness.requires_grad_(False)  # made for a hundredth of this learning rate
         agent.set_logger(logged[0])
         agent.learn(10 * 2 * 16 * 3)
         first, *_, last = logged[1]()
@@ -222,6 +225,7 @@ class TestLearning:
         kl = []
         for coef in (1e-3, 10.0):
             agent = tiny_agent(parts, learning_rate=1e-2, kl_coef=coef)
+            agent.policy.sharpness.requires_grad_(False)
             agent.set_logger(logged[0])
             agent.learn(10 * STEPS_A_ROLLOUT)
             kl.append(logged[1]()[-1]["train/kl"])
