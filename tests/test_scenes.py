@@ -1,6 +1,9 @@
+import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
 
+from var_env import ScaleSchedule, Tokenizer
 from var_env.scenes import (
     CELL_HEIGHT,
     CELL_WIDTH,
@@ -8,6 +11,7 @@ from var_env.scenes import (
     MAX_PROMPT_BYTES,
     PALETTE,
     SPLITS,
+    TARGET_REGIONS,
     Scene,
     World,
     encode_prompt,
@@ -71,6 +75,21 @@ class TestWorld:
         for count in range(1, 6):
             assert np.mean(np.equal(counts, count)) == pytest.approx(profile.get(count, 0), abs=0.04)
 
+    def test_the_target_profile_by_name(self):
+        drawn = scenes(2000, size=128, regions="target")
+        assert drawn == scenes(2000, size=128, regions=TARGET_REGIONS)
+        for count, share in {1: 0, 2: 0.2, 3: 0.3, 4: 0.3, 5: 0.2}.items():  # appendix C
+            assert np.mean([len(scene.words) == count for scene in drawn]) == pytest.approx(share, abs=0.04)
+        assert max(len(scene.prompt.encode()) for scene in drawn) <= MAX_PROMPT_BYTES
+
+    def test_the_target_profile_in_an_environment_made_from_json(self, tmp_path):
+        schedule = ScaleSchedule([(1, 1), (2, 2), (4, 4), (8, 8)], patch=16)
+        Tokenizer(schedule, vocab_size=32, channels=4, width=8, blocks=1).save(tmp_path / "tokenizer.safetensors")
+        options = {"regions": "target", "size": 128, "tokenizer": str(tmp_path / "tokenizer.safetensors")}
+        env = gym.make(EnvSpec.from_json(gym.make("VARText-v0", **options).spec.to_json()))
+        assert env.unwrapped.world.regions == TARGET_REGIONS
+        assert {len(env.reset(seed=seed)[1]["words"]) for seed in range(40)} == set(TARGET_REGIONS)
+
     @pytest.mark.parametrize("placement", ["even", "free"])
     @pytest.mark.parametrize(("size", "regions"), [(64, {1: 0.5, 2: 0.5}), (128, {1: 0.2, 3: 0.4, 5: 0.4})])
     def test_boxes_fit_the_words_on_the_lattice_without_overlap(self, placement, size, regions):
@@ -97,6 +116,9 @@ class TestWorld:
             ({"size": 60}, "multiple of 8 px and at least 48, got 60"),
             ({"size": 40}, "at least 48, got 40"),
             ({"regions": {3: 1.0}}, r"1\.\.2 at 64 px, got the counts \[3\]"),
+            ({"regions": "target"}, r"1\.\.2 at 64 px, got the counts \[2, 3, 4, 5\]"),
+            ({"regions": "uniform"}, "unknown region profile 'uniform': give 'target'"),
+            ({"regions": {}}, r"sum to 1, got \{\}"),
             ({"regions": {1: 0.5, 2: 0.4}}, "sum to 1"),
             ({"regions": {1: 1.5, 2: -0.5}}, "sum to 1"),
             ({"placement": "random"}, "unknown placement 'random'"),
@@ -135,6 +157,9 @@ class TestRender:
 class TestPrompts:
     def test_text_in_quotes_is_split_at_spaces(self):
         assert quoted_words('"GO NOW" above "BIG"') == ("GO", "NOW", "BIG")
+
+    def test_empty_quotes_are_no_word_and_do_not_shift_the_others(self):
+        assert quoted_words('"" above "RUN" and " "') == ("RUN",)
 
     def test_scene_from_prompt(self):
         assert scene_from_prompt('"HI"', size=128) == Scene('"HI"', ("HI",), size=128)

@@ -76,7 +76,7 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
         self,
         *,
         split: str = "train",
-        regions: Mapping[Any, float] | None = None,
+        regions: Mapping[Any, float] | str | None = None,
         size: int = 64,
         reward: str | Reward = "ocr",
         reward_kwargs: Mapping[str, Any] | None = None,

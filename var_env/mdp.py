@@ -219,7 +219,7 @@ def action_space(tokenizer: Tokenizer) -> spaces.MultiDiscrete:
 
 def components(
     split: str,
-    regions: Mapping[Any, float] | None,
+    regions: Mapping[Any, float] | str | None,
     size: int,
     reward: str | Reward,
     reward_kwargs: Mapping[str, Any] | None,

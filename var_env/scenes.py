@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from string import ascii_uppercase
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -32,6 +33,8 @@ CELL_WIDTH, CELL_HEIGHT = 16, 24  # px, the cell of one glyph: 2 x 3 lattice cel
 FONT_SIZE = 26  # px; the advance of DejaVu Sans Mono Bold at this size fills the cell's width
 RANDOM_LETTERS = ascii_uppercase.replace("O", "")  # OCR takes O for 0 where no word tells them apart
 SPLITS = ("train", "val", "test")
+DEFAULT_REGIONS = {1: 0.5, 2: 0.5}
+TARGET_REGIONS = {2: 0.2, 3: 0.3, 4: 0.3, 5: 0.2}  # the paper's appendix C: its evaluation set, and how it filters
 PALETTE = {
     "dark": {"black": (20, 20, 24), "navy": (16, 32, 96), "maroon": (104, 16, 32), "green": (8, 72, 40)},
     "light": {"white": (244, 244, 240), "yellow": (248, 216, 64), "pink": (248, 176, 200), "cyan": (120, 224, 240)},
@@ -41,7 +44,7 @@ TEMPLATES = (
     "{words} in {ink} on a {ground} wall",
     "A {ground} poster with the text {words} in {ink}",
 )
-_QUOTED = re.compile(r'"([^"]+)"')
+_QUOTED = re.compile(r'"([^"]*)"')
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class World:
         size: the picture's height and width in pixels, a multiple of 8, at least 48.
         split: ``"train"``, ``"val"`` or ``"test"``; no word is in two of them.
         regions: the profile of the number of words a picture, as in the paper's appendix C: a mapping from a
-            count to its probability. At 64 pixels one or two words fit, at 128 up to five.
+            count to its probability, or ``"target"`` for the paper's own, `TARGET_REGIONS`. At 64 pixels one or two
+            words fit, at 128 up to five.
         placement: ``"free"`` draws the lines' heights, so that the coarse grids have a layout to decide; ``"even"``
             spreads them over the height, one alone in the middle, and then the prompt decides the picture.
 
@@ -89,7 +93,7 @@ class World:
         self,
         size: int = 64,
         split: str = "train",
-        regions: Mapping[int, float] | None = None,
+        regions: Mapping[Any, float] | str | None = None,
         placement: str = "free",
     ) -> None:
         if split not in SPLITS:
@@ -100,13 +104,10 @@ class World:
             raise ValueError(f"size must be a multiple of {LATTICE} px and at least {2 * CELL_HEIGHT}, got {size}")
         self.size, self.split, self.placement = size, split, placement
         self.max_letters = min(8, size // CELL_WIDTH)
-        profile = {int(count): float(p) for count, p in (regions or {1: 0.5, 2: 0.5}).items()}
+        self.regions = region_profile(DEFAULT_REGIONS if regions is None else regions)
         most = size // CELL_HEIGHT
-        if any(not 1 <= count <= most for count in profile):
-            raise ValueError(f"regions must lie in 1..{most} at {size} px, got the counts {sorted(profile)}")
-        if min(profile.values()) < 0 or abs(sum(profile.values()) - 1) > 1e-6:
-            raise ValueError(f"regions must map counts to probabilities that sum to 1, got {profile}")
-        self.regions = profile
+        if any(not 1 <= count <= most for count in self.regions):
+            raise ValueError(f"regions must lie in 1..{most} at {size} px, got the counts {sorted(self.regions)}")
         self._words = word_list(split, self.max_letters)
 
     def sample(self, rng: np.random.Generator) -> Scene:
@@ -151,6 +152,22 @@ class World:
         return [int(cuts[line]) + line * (height + apart) for line in range(lines)]
 
 
+def region_profile(regions: Mapping[Any, float] | str) -> dict[int, float]:
+    """A profile of counts and their probabilities as a new dict; keys may be strings, as JSON has them.
+
+    Raises:
+        ValueError: a name other than ``"target"``, a key that is no number, or probabilities that do not sum to one.
+    """
+    if isinstance(regions, str):
+        if regions != "target":
+            raise ValueError(f"unknown region profile {regions!r}: give 'target', or counts and their probabilities")
+        regions = TARGET_REGIONS
+    profile = {int(count): float(p) for count, p in regions.items()}
+    if abs(sum(profile.values()) - 1) > 1e-6 or min(profile.values()) < 0:
+        raise ValueError(f"regions must map counts to probabilities that sum to 1, got {profile}")
+    return profile
+
+
 def render(scene: Scene) -> np.ndarray:
     """Draw a scene that has a layout: uint8 ``(size, size, 3)``, RGB."""
     if len(scene.boxes) != len(scene.words):
@@ -164,9 +181,14 @@ def render(scene: Scene) -> np.ndarray:
     return np.rint(ground + coverage * (ink - ground)).astype(np.uint8)
 
 
+def quoted_texts(prompt: str) -> list[str]:
+    """What stands in double quotes, in order; blank quotes are left out."""
+    return [text for text in _QUOTED.findall(prompt) if text.strip()]
+
+
 def quoted_words(prompt: str) -> tuple[str, ...]:
     """The words in double quotes, in order; text in quotes is split at white space."""
-    words = tuple(word for text in _QUOTED.findall(prompt) for word in text.split())
+    words = tuple(word for text in quoted_texts(prompt) for word in text.split())
     if not words:
         raise ValueError(f'the prompt names no word in double quotes, such as A sign that says "RUN": {prompt!r}')
     return words

@@ -9,6 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+NEXTFLOW_PATCH = 16  # px
+NEXTFLOW_SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)  # Table 6, its last row
+NEXTFLOW_RESOLUTIONS = (64, 128, 256, 512, 1024)  # px; each row of Table 6 is the beginning of the next one
+
 
 @dataclass(frozen=True)
 class ScaleSchedule:
@@ -42,6 +46,32 @@ class ScaleSchedule:
             raise ValueError(f"patch must be at least 1 pixel, got {patch}")
         object.__setattr__(self, "grids", pairs)
         object.__setattr__(self, "patch", int(patch))
+
+    @classmethod
+    def nextflow(cls, resolution: int, aspect: Sequence[int] = (1, 1)) -> ScaleSchedule:
+        """NextFlow's schedule, the paper's Table 6, with a patch of 16 pixels.
+
+        The table has square grids; the paper says that other aspect ratios work and not how. The rule for those is
+        ours: the longer side of every grid is the table's and the shorter one follows the ratio, rounded, at least 1
+        token. So ``split`` finds the same m whatever the ratio.
+
+        Args:
+            resolution: pixels along the longer side, 64, 128, 256, 512 or 1024.
+            aspect: height to width, such as ``(9, 16)``; two whole numbers of at least 1.
+
+        Raises:
+            ValueError: another resolution, or an aspect ratio of another form.
+        """
+        if resolution not in NEXTFLOW_RESOLUTIONS:
+            available = ", ".join(map(str, NEXTFLOW_RESOLUTIONS))
+            raise ValueError(f"Table 6 has no schedule for {resolution} pixels: choose one of {available}")
+        if len(aspect) != 2 or min(aspect) < 1 or any(part != int(part) for part in aspect):
+            raise ValueError(f"aspect must be (h, w), two whole numbers of at least 1 such as (9, 16), got {aspect}")
+        sides = [side for side in NEXTFLOW_SIDES if side * NEXTFLOW_PATCH <= resolution]
+        longer = int(max(aspect))
+        # Whole numbers, halves up: no grid depends on how a float is rounded.
+        scaled = [[max(1, (2 * side * int(part) + longer) // (2 * longer)) for part in aspect] for side in sides]
+        return cls(scaled, patch=NEXTFLOW_PATCH)
 
     def __len__(self) -> int:
         """T, the number of grids."""
@@ -77,6 +107,29 @@ class ScaleSchedule:
             available = ", ".join(str(r) for r in sorted(set(resolutions)))
             raise ValueError(f"no grid of this schedule shows {resolution} pixels: choose one of {available}")
         return resolutions.index(resolution) + 1
+
+    def middle_step(self, split: int | str) -> int:
+        """The middle step m, however it was given.
+
+        Args:
+            split: a whole number from 1 to T is m itself, the number of grids in the prefix, and a larger one a
+                resolution for ``split``. ``"m_128"`` is the resolution in any case, as the paper writes it: in
+                the 1024-pixel schedule 16 is a number of grids, and ``"m_16"`` the first of them.
+
+        Raises:
+            ValueError: neither; the message lists what the schedule has.
+        """
+        resolutions = {f"m_{max(grid) * self.patch}": max(grid) * self.patch for grid in self.grids}
+        if isinstance(split, str) and split in resolutions:
+            return self.split(resolutions[split])
+        if isinstance(split, int) and 1 <= split <= len(self):
+            return split
+        if isinstance(split, int) and split in resolutions.values():
+            return self.split(split)
+        raise ValueError(
+            f"split must be the number of prefix grids, 1 to {len(self)}, or the prefix's resolution in pixels, "
+            f"one of {', '.join(resolutions)}; got {split!r}"
+        )
 
     def split_grids(self, flat: Tensor) -> list[Tensor]:
         """Cut ``(B, L, ...)`` into T views ``(B, n_t, ...)``."""

@@ -49,7 +49,7 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
         num_envs: int = 1,
         *,
         split: str = "train",
-        regions: Mapping[Any, float] | None = None,
+        regions: Mapping[Any, float] | str | None = None,
         size: int = 64,
         reward: str | Reward = "ocr",
         reward_kwargs: Mapping[str, Any] | None = None,
