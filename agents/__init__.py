@@ -10,21 +10,48 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agents.base import Agent
     from agents.callbacks import HeldOutEval, StopAfter
+    from agents.checkpoint import load
+    from agents.conflict import ConflictProbe
     from agents.evaluation import bootstrap_interval, evaluate, held_out_scenes
     from agents.grpo import GRPO
+    from agents.mask_propagation import MaskPropagation
+    from agents.panw import PANW
     from agents.sampling import Decoding
+    from agents.vmr import VMR
+    from agents.wrapper import Wrapper
 
 _HOMES = {  # imported when first asked for: torch and Stable-Baselines3 take seconds
+    "PANW": "panw",
+    "VMR": "vmr",
     "Agent": "base",
+    "ConflictProbe": "conflict",
     "HeldOutEval": "callbacks",
     "StopAfter": "callbacks",
     "bootstrap_interval": "evaluation",
     "evaluate": "evaluation",
     "held_out_scenes": "evaluation",
     "GRPO": "grpo",
+    "MaskPropagation": "mask_propagation",
     "Decoding": "sampling",
+    "Wrapper": "wrapper",
+    "load": "checkpoint",
 }
-__all__ = ["GRPO", "Agent", "Decoding", "HeldOutEval", "StopAfter", "bootstrap_interval", "evaluate", "held_out_scenes"]
+__all__ = [
+    "GRPO",
+    "PANW",
+    "VMR",
+    "Agent",
+    "ConflictProbe",
+    "Decoding",
+    "HeldOutEval",
+    "MaskPropagation",
+    "StopAfter",
+    "Wrapper",
+    "bootstrap_interval",
+    "evaluate",
+    "held_out_scenes",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

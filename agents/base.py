@@ -9,7 +9,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -26,6 +26,9 @@ from agents.policies.base import Policy
 from agents.rollout import Rollout, act, collect, make_envs
 from agents.sampling import Decoding
 from var_env.vector import VARTextVectorEnv
+
+if TYPE_CHECKING:
+    from agents.wrapper import Wrapper
 
 AgentT = TypeVar("AgentT", bound="Agent")
 
@@ -127,6 +130,23 @@ class Agent(BaseAlgorithm):
     def n_updates(self) -> int:
         return self._n_updates
 
+    @property
+    def name(self) -> str:
+        """For log folders."""
+        return type(self).__name__.lower()
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    @property
+    def wrappers(self) -> list[Wrapper]:
+        """From the inside out."""
+        return []
+
+    def timesteps(self, images: int) -> int:
+        """Environment steps in which this agent decodes about as many pictures, for ``learn(total_timesteps)``."""
+        return images * len(self.policy.schedule)
+
     # The environment -------------------------------------------------------------------------------------------------
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
@@ -166,9 +186,8 @@ class Agent(BaseAlgorithm):
         """
         if self.env is None:
             raise ValueError("this agent has no environment to learn on: pass env= to load(), or call set_env()")
-        name = tb_log_name or type(self).__name__.lower()
         total_timesteps, self.callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, name, progress_bar
+            total_timesteps, callback, reset_num_timesteps, tb_log_name or self.name, progress_bar
         )
         self.callback.on_training_start(locals(), globals())
         self._stop, iteration = False, 0
@@ -209,14 +228,19 @@ class Agent(BaseAlgorithm):
 
     def collect(self, seed: int) -> Rollout:
         """Draw G pictures for each of the P prompts of ``seed``. Another way of sampling goes here."""
+        return self.draw(seed, self.group_size)
+
+    def draw(self, seed: int, group_size: int, fork_at: tuple[int, int] | None = None) -> Rollout:
+        """`rollout.collect` with this agent's policy, environment, decoding and noise, its steps counted."""
         if self.env is None:
             raise ValueError("this agent has no environment: pass env= to load(), or call set_env()")
         return collect(
             self.policy,
             self.env,
-            self.group_size,
+            group_size,
             self.decoding,
             self.generator,
+            fork_at=fork_at,
             seed=seed,
             keep_support=self.keeps_support,
             on_step=self.on_env_step,
@@ -257,6 +281,7 @@ class Agent(BaseAlgorithm):
             "time/time_elapsed": int(elapsed),
             "time/total_timesteps": self.num_timesteps,
         }
+        values |= {f"policy/{name}": value for name, value in self.policy.diagnostics().items()}
         for name, value in values.items():
             self.logger.record(name, value)
         self.logger.dump(self.num_timesteps)
@@ -282,6 +307,7 @@ class Agent(BaseAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         own = ["reference", "optimizer", "generator", "callback", "lr_schedule", "_last_obs", "_last_episode_starts"]
+        own += ["outermost"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -305,15 +331,12 @@ class Agent(BaseAlgorithm):
         custom_objects: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> AgentT:
-        """Read what `save` wrote. With ``env``, ``learn(..., reset_num_timesteps=False)`` goes on as if uninterrupted.
+        """Read what `save` wrote, an agent of this class without wrappers; `agents.load` reads any.
 
-        ``kwargs`` replace saved settings, such as ``learning_rate=1e-5``.
+        With ``env``, ``learn(..., reset_num_timesteps=False)`` goes on as if uninterrupted. ``kwargs`` replace saved
+        settings, such as ``learning_rate=1e-5``.
         """
-        agent = checkpoint.read(cls, path, device, custom_objects, kwargs)
-        assert isinstance(agent, cls)
-        if env is not None:
-            agent._bind(env)
-        return agent
+        return checkpoint.load(path, env, device, custom_objects, cls, **kwargs)
 
 
 def require_at_least(least: int, **options: int) -> None:

@@ -1,8 +1,10 @@
 """An agent on disk: Stable-Baselines3's zip (settings and counters as JSON, the optimiser's state), and inside it
-policy, reference policy and tokenizer as safetensors, so that a checkpoint stands alone."""
+policy, reference policy and tokenizer as safetensors, so that a checkpoint stands alone. Wrappers are kept as their
+classes and options."""
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import tempfile
@@ -22,7 +24,9 @@ def write(agent: Agent, path: str | Path | BinaryIO, left_out: Collection[str]) 
     """Write an agent; ``.zip`` is added to a path without a suffix. A file that exists is replaced as a whole."""
     data = {name: value for name, value in vars(agent).items() if name not in left_out}
     data["generator_state"] = agent.generator.get_state().numpy().tobytes()
-    data["tokenizer_class"] = type(agent.policy.tokenizer)
+    data["tokenizer_class"], data["agent_class"] = type(agent.policy.tokenizer), type(agent)
+    data["wrapper_classes"] = [type(wrapper) for wrapper in agent.wrappers]
+    data["wrapper_settings"] = [wrapper.settings() for wrapper in agent.wrappers]
     modules: dict[str, Any] = {"policy": agent.policy, "tokenizer": agent.policy.tokenizer}
     if agent.reference is not None:
         modules["reference"] = agent.reference
@@ -43,33 +47,55 @@ def write(agent: Agent, path: str | Path | BinaryIO, left_out: Collection[str]) 
     os.replace(part, target)
 
 
-def read(
-    cls: type[Agent],
+def load(
     path: str | Path | BinaryIO,
-    device: torch.device | str,
-    custom_objects: dict[str, Any] | None,
-    replaced: dict[str, Any],
-) -> Agent:
-    """The agent that `write` wrote, without an environment; ``replaced`` are settings to change.
+    env: Any = None,
+    device: torch.device | str = "auto",
+    custom_objects: dict[str, Any] | None = None,
+    expected: type = object,
+    **replaced: Any,
+) -> Any:
+    """The agent in a file that `save` wrote, whatever its class, in its wrappers if it had any.
+
+    Args:
+        env: what to learn on, so that ``learn(..., reset_num_timesteps=False)`` goes on as if uninterrupted.
+        device, custom_objects: as in Stable-Baselines3.
+        expected: the class that the agent, or its outermost wrapper, has to be.
+        replaced: settings to change, of the agent or of a wrapper, such as ``learning_rate=1e-5``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or no agent wrote it; or a setting to change does not exist.
+        ValueError: the file is damaged, no agent wrote it, or it holds another agent than expected; or a setting to
+            change does not exist.
     """
     data, optimizer, modules = _unpack(path, device, custom_objects)
-    generator_state = data.pop("generator_state")
+    agent_class, generator_state = data.pop("agent_class"), data.pop("generator_state")
+    wrappers = list(zip(data.pop("wrapper_classes"), data.pop("wrapper_settings"), strict=True))
     del data["tokenizer_class"]
+    for _, settings in wrappers:
+        settings.update({name: replaced.pop(name) for name in settings.keys() & replaced.keys()})
     unknown = sorted(replaced.keys() - data.keys())
     if unknown:
-        raise ValueError(f"unknown setting {unknown[0]!r}: this agent has {', '.join(sorted(data))}")
-    agent = cls(modules["policy"], None, device=device, _init_setup_model=False)
-    vars(agent).update(data | replaced)
+        known = sorted({*data, *(name for _, settings in wrappers for name in settings)})
+        raise ValueError(f"unknown setting {unknown[0]!r}: this agent has {', '.join(known)}")
+    data |= replaced
+    own = data.keys() & inspect.signature(agent_class.__init__).parameters.keys()  # checked again by the constructor
+    agent = agent_class(
+        modules["policy"], None, device=device, _init_setup_model=False, **{name: data[name] for name in own}
+    )
+    vars(agent).update({name: value for name, value in data.items() if name not in own})
     agent._setup_model()
     agent._rollouts = data["_rollouts"]  # seeding starts them again
     agent.optimizer.load_state_dict(optimizer)
     agent.generator.set_state(torch.frombuffer(bytearray(generator_state), dtype=torch.uint8))
     if "reference" in modules and agent.reference is not None:
         agent.reference.load_state_dict(modules["reference"].state_dict())
+    if env is not None:
+        agent.set_env(env)
+    for wrapper_class, settings in wrappers:
+        agent = wrapper_class(agent, **settings)
+    if not isinstance(agent, expected):
+        raise ValueError(f"{path} holds {agent} and no {expected.__name__}: read it with agents.load()")
     return agent
 
 

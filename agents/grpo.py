@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from agents import logs, losses
 from agents.base import Agent, require_at_least
 from agents.policies.base import Policy
 from agents.rollout import Rollout
+
+if TYPE_CHECKING:
+    from agents.wrapper import Wrapper
 
 
 class TokenWeights(NamedTuple):
@@ -85,7 +88,21 @@ class GRPO(Agent):
         self.advantage_eps, self.support = advantage_eps, support
         self.epochs, self.minibatches, self.micro_batch = epochs, minibatches, micro_batch
         self.max_grad_norm = max_grad_norm
+        self.outermost: GRPO | Wrapper = self
         super().__init__(policy, env, **common)
+
+    @property
+    def unwrapped(self) -> GRPO:
+        """This agent; of a wrapper, the agent inside."""
+        return self
+
+    @property
+    def wrappers(self) -> list[Wrapper]:
+        found, agent = [], self.outermost
+        while not isinstance(agent, GRPO):
+            found.append(agent)
+            agent = agent.agent
+        return found[::-1]
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -121,7 +138,7 @@ class GRPO(Agent):
         start = time.perf_counter()
         self._update_learning_rate(self.optimizer)
         rows, advantages = len(advantages), advantages.to(self.device)
-        weights = self.token_weights(rollout, steps)
+        weights = self.outermost.token_weights(rollout, steps)
         one_step = self.epochs == self.minibatches == 1  # the policy of the loss is then the one that sampled
         old = None if one_step else self.old_log_probs(rollout, rows, steps)  # (B, n)
         seen: list[logs.Tokens] = []

@@ -17,6 +17,17 @@ from var_env.schedule import ScaleSchedule
 EYES_ONLY = ("stdout", "log", "json", "csv")  # the writers that cannot show a picture
 
 
+def shows_pictures(logger: Logger) -> bool:
+    """Whether a writer of this logger can show one; making it may be skipped otherwise."""
+    return any(isinstance(writer, TensorBoardOutputFormat) for writer in logger.output_formats)
+
+
+def scale_name(schedule: ScaleSchedule, t: int) -> str:
+    """``4_4x4``: the scale's number, from 1, and its grid, as the names of its curves end."""
+    h, w = schedule.grids[t]
+    return f"{t + 1}_{h}x{w}"
+
+
 def record_rollout(logger: Logger, rollout: Rollout) -> None:
     """``rollout/``: reward, its spread and parts; ``time/``: the phases of sampling."""
     for name, value in rollout.summary().items():
@@ -27,15 +38,16 @@ def record_rollout(logger: Logger, rollout: Rollout) -> None:
 
 def record_samples(logger: Logger, rollout: Rollout, prompts: int = 4, columns: int = 8) -> None:
     """``samples/``: pictures of the first prompts with what was read in them, and a table of the same."""
-    if not any(isinstance(writer, TensorBoardOutputFormat) for writer in logger.output_formats):
+    if not shows_pictures(logger):
         return
-    group = rollout.scores.shape[1]
-    shown = [row for row in range(len(rollout.scenes)) if row // group < prompts and row % group < columns]
-    scores = rollout.scores.flatten().tolist()
-    captions = [pictures.caption(rollout.scenes[r].words, rollout.words_read[r], scores[r]) for r in shown]
-    sheet = pictures.sample_sheet(rollout.images[shown], captions, min(columns, group))
+    per_prompt = rollout.returns[0].numel()  # G * K
+    shown = [i for i in range(len(rollout.images)) if i // per_prompt < prompts and i % per_prompt < columns]
+    returns, reads = rollout.returns.flatten().tolist(), [" ".join(words) for words in rollout.words_read]
+    scenes = {i: rollout.scenes[i // rollout.suffixes] for i in shown}
+    captions = [pictures.caption(scenes[i].words, rollout.words_read[i], returns[i]) for i in shown]
+    sheet = pictures.sample_sheet(rollout.images[shown], captions, min(columns, per_prompt))
     logger.record("samples/images", Image(sheet, "HWC"), exclude=EYES_ONLY)
-    lines = [f"| {rollout.scenes[r].prompt} | {' '.join(rollout.words_read[r])} | {scores[r]:.2f} |" for r in shown]
+    lines = [f"| {scenes[i].prompt} | {reads[i]} | {returns[i]:.2f} |" for i in shown]
     logger.record("samples/read", "\n".join(["| prompt | read | score |", "|---|---|---|", *lines]), exclude=EYES_ONLY)
 
 
@@ -86,7 +98,7 @@ def record_update(
     share = share / share.sum().clamp(min=1e-12)
     entropy, kl = (per_grid(part, sizes).mean(0) / torch.tensor(sizes).to(part) for part in (tokens.entropy, tokens.kl))
     for i, t in enumerate(steps):
-        name = f"{t + 1}_{schedule.grids[t][0]}x{schedule.grids[t][1]}"
+        name = scale_name(schedule, t)
         values |= {f"scale/entropy_{name}": entropy[i], f"scale/loss_share_{name}": share[i]}
         if has_kl:
             values[f"scale/kl_{name}"] = kl[i]

@@ -1,4 +1,4 @@
-"""Pictures for people: samples in a grid, each with a caption strip below it."""
+"""Pictures for people: samples in a grid, each with a caption strip below it, and masks beside their samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sample_sheet(images: np.ndarray, captions: Sequence[str], columns: int = 8) 
     """Lay out ``(N, S, S, 3)`` uint8 pictures, row by row, over captions of one or more lines: uint8 ``(H, W, 3)``."""
     if len(images) != len(captions) or len(images) == 0:
         raise ValueError(f"need one caption a picture and at least one of them, got {len(images)} and {len(captions)}")
-    size = images.shape[1] * max(1, -(-TILE // images.shape[1]))  # a whole multiple keeps pixels square
+    size = tile_size(images)
     lines = max(caption.count("\n") + 1 for caption in captions)
     height, columns = size + lines * LINE + 4, min(columns, len(images))
     sheet = Image.new("RGB", (columns * (size + 4), -(-len(images) // columns) * height), "white")
@@ -28,6 +28,45 @@ def sample_sheet(images: np.ndarray, captions: Sequence[str], columns: int = 8) 
                 line = line[:-2] + "…" if line[-1] == "…" else line[:-1] + "…"
             pen.text((x + 2, y + size + row * LINE), line, fill="black", font=font)
     return np.asarray(sheet)
+
+
+def tile_size(images: np.ndarray) -> int:
+    """The width of a tile for pictures ``(N, S, S, 3)``: a whole multiple of S, which keeps pixels square."""
+    return images.shape[1] * max(1, -(-TILE // images.shape[1]))
+
+
+def mask_sheet(
+    images: np.ndarray, boxes: Sequence[np.ndarray], captions: Sequence[str], masks: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Rows of pictures with their boxes, each row beside its mask at every scale, coarse to fine: uint8 ``(H, W, 3)``.
+
+    Args:
+        images: ``(R * K, S, S, 3)`` uint8, the K pictures of each of R rows side by side.
+        boxes: of each picture, ``(n, 4)``, xyxy in its pixels, with ``x0 <= x1`` and ``y0 <= y1``; drawn in red.
+        captions: of each picture.
+        masks: one a scale, ``(R, h_t, w_t)`` in [0, 1], which is black to white.
+    """
+    size, rows = tile_size(images), len(masks[0])
+    k, factor = len(images) // rows, size / images.shape[1]
+    tiles, texts = [], []
+    for row in range(rows):
+        for i in range(row * k, row * k + k):
+            tile = Image.fromarray(images[i]).resize((size, size), Image.Resampling.NEAREST)
+            pen = ImageDraw.Draw(tile)
+            for x0, y0, x1, y1 in np.asarray(boxes[i]) * factor:
+                pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline="red", width=2)
+            tiles.append(tile)
+            texts.append(captions[i])
+        for t, mask in enumerate(masks):
+            h, w = mask[row].shape
+            grey = Image.fromarray(np.rint(mask[row] * 255).astype(np.uint8))
+            tile = grey.resize((size, size), Image.Resampling.NEAREST).convert("RGB")
+            pen = ImageDraw.Draw(tile)
+            for i, j in np.ndindex(h, w):  # the cells' outlines, so that white shows on white paper
+                pen.rectangle((j * size // w, i * size // h, size - 1, size - 1), outline="grey")
+            tiles.append(tile)
+            texts.append(f"scale {t + 1}, {h}x{w}\nkept {mask[row].mean():.2f}")
+    return sample_sheet(np.stack([np.asarray(tile) for tile in tiles]), texts, k + len(masks))
 
 
 def caption(words: Sequence[str], read: Sequence[str], score: float) -> str:

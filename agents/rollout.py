@@ -1,14 +1,15 @@
 """Sampling pictures: unroll a policy in lockstep environments, and what came of it.
 
-`unroll` is the inner loop and knows nothing of groups; `collect` is GRPO's rollout, G pictures for each of P prompts.
-A prompt's condition is encoded once, and cache and environments are forked into the group from there.
+`unroll` is the inner loop and knows nothing of groups; `collect` draws G pictures for each of P prompts, or the tree of
+pictures that VMR needs. A prompt's condition is encoded once, and cache and environments are forked from there: what
+pictures share is computed once.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium as gym
@@ -46,42 +47,67 @@ def resized(env: VARTextEnv | VARTextVectorEnv, num_envs: int) -> VARTextVectorE
 
 @dataclass
 class Rollout:
-    """What one iteration sampled: ``B = P * G`` rows, row ``p * G + g`` being sample g of prompt p.
+    """What one iteration sampled: ``B = P * G`` rows to learn from, row ``p * G + g`` being sample g of prompt p.
+
+    A row was decoded and scored as ``K`` pictures, picture ``b * K + k`` being suffix k of row b. K is 1, and a row
+    is a picture, but for the prefixes of VMR, whose grids end before the picture does: see `merge`.
 
     An update asks for ``cond``, ``grids``, ``behaviour_logp`` and ``support``; the rest is for rewards, masks and eyes.
     """
 
     cond: Any  # the policy's condition, B rows
     scenes: list[Scene]  # B
-    grids: list[Tensor]  # T of (B, n_t, D) int64
-    behaviour_logp: list[Tensor]  # T of (B, n_t, D), under the sampler
-    tail_mass: list[Tensor]  # T of (B, n_t, D), the model's probability of codes that the sampler could not draw
-    support: list[Tensor | None]  # T of bool (B, n_t, D, V), when it was kept and the sampler truncated
-    scores: Tensor  # (P, G) float32
-    parts: dict[str, np.ndarray]  # each (B,)
-    images: np.ndarray  # (B, S, S, 3) uint8
-    words_read: list[list[str]]  # B
-    regions: list[np.ndarray]  # B of (number found, 4), xyxy in pixels
-    images_decoded: int
-    tokens_sampled: int
+    grids: list[Tensor]  # of (B, n_t, D) int64, all T of them or a prefix
+    behaviour_logp: list[Tensor]  # of (B, n_t, D), under the sampler
+    tail_mass: list[Tensor]  # of (B, n_t, D), the model's probability of codes that the sampler could not draw
+    support: list[Tensor | None]  # of bool (B, n_t, D, V), when it was kept and the sampler truncated
+    scores: Tensor  # (P, G) float32, what a row is worth
+    returns: Tensor  # (P, G, K) float32, the rewards of its pictures
+    parts: dict[str, np.ndarray]  # each (B * K,)
+    images: np.ndarray  # (B * K, S, S, 3) uint8
+    words_read: list[list[str]]  # B * K
+    regions: list[np.ndarray]  # B * K of (number found, 4), xyxy in pixels
     seconds: dict[str, float]  # "sampling", "reward", and "decode", all the rest of the environment
+
+    @property
+    def suffixes(self) -> int:
+        """K, the pictures of each row."""
+        return self.returns.shape[2]
 
     def require_finite(self) -> None:
         """``ValueError`` naming the first reward that is not a finite number, and its prompt."""
-        scores = self.scores.flatten()  # (B,)
-        for row in (~scores.isfinite()).nonzero().flatten().tolist():
+        returns = self.returns.flatten()  # (B * K,)
+        for picture in (~returns.isfinite()).nonzero().flatten().tolist():
+            row = picture // self.suffixes
             raise ValueError(
-                f"the reward of row {row}, {self.scenes[row].prompt!r}, is {scores[row]}: rewards must be finite "
+                f"the reward of row {row}, {self.scenes[row].prompt!r}, is {returns[picture]}: rewards must be finite "
                 "numbers; mend the reward function and resume from the last checkpoint"
             )
 
+    def merge(self, suffixes: int, grids: int, value: Callable[[Tensor], Tensor]) -> Rollout:
+        """One row for each ``suffixes`` rows that share their first ``grids`` grids, the others left out.
+
+        ``value`` maps their returns ``(P, G, K)`` to the new rows' scores ``(P, G)``.
+        """
+        returns = self.returns.unflatten(1, (-1, suffixes)).flatten(2)  # (P, G, K)
+        return replace(
+            self,
+            cond=type(self.cond)(*(part[::suffixes] for part in self.cond)),
+            scenes=self.scenes[::suffixes],
+            grids=[grid[::suffixes] for grid in self.grids[:grids]],
+            behaviour_logp=[logp[::suffixes] for logp in self.behaviour_logp[:grids]],
+            tail_mass=[mass[::suffixes] for mass in self.tail_mass[:grids]],
+            support=[None if kept is None else kept[::suffixes] for kept in self.support[:grids]],
+            scores=value(returns),
+            returns=returns,
+        )
+
     def summary(self) -> dict[str, float]:
         """Scalars to log: the reward's mean and spread, its parts, and the sampler's tail."""
-        scores = self.scores.double()  # (P, G)
-        groups = scores.std(1, correction=0)
+        returns, groups = self.returns.double(), self.scores.double().std(1, correction=0)
         return {
-            "reward": scores.mean().item(),
-            "reward_std": scores.std(correction=0).item(),
+            "reward": returns.mean().item(),
+            "reward_std": returns.std(correction=0).item(),
             "reward_std_in_group": groups.mean().item(),
             "zero_variance_groups": zero_variance(self.scores).double().mean().item(),
             "tail_mass": torch.cat(self.tail_mass, 1).mean().item(),
@@ -99,6 +125,16 @@ class Trail:
     support: list[Tensor | None] = field(default_factory=list)  # (B, n_t, D, V)
     info: dict[str, Any] = field(default_factory=dict)  # of the last environment step
     seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "decode": 0.0, "reward": 0.0})
+
+    def take(self, index: Tensor) -> Trail:
+        """Rows of what was drawn; ``index`` may repeat and drop."""
+        return replace(
+            self,
+            grids=[grid[index] for grid in self.grids],
+            logp=[logp[index] for logp in self.logp],
+            tail_mass=[mass[index] for mass in self.tail_mass],
+            support=[None if kept is None else kept[index] for kept in self.support],
+        )
 
 
 class TimedReward(Reward):
@@ -187,6 +223,7 @@ def collect(
     decoding: Decoding,
     generator: torch.Generator | None = None,
     *,
+    fork_at: tuple[int, int] | None = None,
     scenes: Sequence[Scene] | None = None,
     seed: int | None = None,
     keep_support: bool = False,
@@ -195,31 +232,46 @@ def collect(
     """Reset P environments and draw ``group_size`` pictures for each of their prompts.
 
     The prompts are ``scenes``, one for each environment, or else what ``envs`` samples, from ``seed`` if it is given.
+
+    With ``fork_at=(m, k)``, every row forks into k before grid m, which share what they have so far, the cache
+    included: then a prompt has ``group_size * k`` pictures, those of one prefix side by side.
     """
+    length = len(envs.schedule)
+    if fork_at is not None and not (0 < fork_at[0] < length and fork_at[1] >= 1):
+        raise ValueError(f"fork_at=(m, k) needs 0 < m < {length} and k of at least 1, got {fork_at}")
     start = time.perf_counter()
     envs.reset(seed=seed, options=None if scenes is None else {"scenes": list(scenes)})
     cond = policy.encode_prompts([scene.prompt for scene in envs.scenes])  # P rows
-    index = torch.arange(envs.num_envs, device=policy.device).repeat_interleave(group_size)  # (B,)
-    caches = Caches(policy, cond, decoding.guided).fork(index)
-    group = envs.fork(group_size)
-    elapsed = time.perf_counter() - start
-    trail = unroll(policy, group, caches, range(len(envs.schedule)), decoding, generator, keep_support, on_step)
-    trail.seconds["sampling"] += elapsed
+    caches, rows = Caches(policy, cond, decoding.guided), envs
+    trails: list[Trail] = []
+    seconds = {"sampling": time.perf_counter() - start}
+    forks = [(0, group_size)] + ([] if fork_at is None else [fork_at])
+    for (begin, k), (end, _) in zip(forks, [*forks[1:], (length, 1)], strict=True):
+        start = time.perf_counter()
+        index = torch.arange(rows.num_envs, device=policy.device).repeat_interleave(k)
+        caches, rows = caches.fork(index), rows.fork(k)
+        trails = [trail.take(index) for trail in trails]
+        seconds["sampling"] += time.perf_counter() - start
+        trails.append(unroll(policy, rows, caches, range(begin, end), decoding, generator, keep_support, on_step))
+        for phase, elapsed in trails[-1].seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + elapsed
+    info = trails[-1].info
+    per_prompt = rows.num_envs // envs.num_envs
+    scores = torch.as_tensor(info["score"], dtype=torch.float32).view(-1, per_prompt)  # (P, G)
     return Rollout(
-        cond=policy.take(cond, index),
-        scenes=list(group.scenes),
-        grids=trail.grids,
-        behaviour_logp=trail.logp,
-        tail_mass=trail.tail_mass,
-        support=trail.support,
-        scores=torch.as_tensor(trail.info["score"], dtype=torch.float32).view(-1, group_size),
-        parts=trail.info["parts"],
-        images=trail.info["image"],
-        words_read=trail.info["words_read"],
-        regions=trail.info["regions"],
-        images_decoded=group.num_envs,
-        tokens_sampled=group.num_envs * envs.schedule.total_tokens,
-        seconds=trail.seconds,
+        cond=policy.take(cond, torch.arange(envs.num_envs, device=policy.device).repeat_interleave(per_prompt)),
+        scenes=list(rows.scenes),
+        grids=[grid for trail in trails for grid in trail.grids],
+        behaviour_logp=[logp for trail in trails for logp in trail.logp],
+        tail_mass=[mass for trail in trails for mass in trail.tail_mass],
+        support=[kept for trail in trails for kept in trail.support],
+        scores=scores,
+        returns=scores.unsqueeze(2),
+        parts=info["parts"],
+        images=info["image"],
+        words_read=info["words_read"],
+        regions=info["regions"],
+        seconds=seconds,
     )
 
 

@@ -6,40 +6,14 @@ import pytest
 import torch
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
-from tiny import STEPS_A_ROLLOUT, csv_logger, tiny_agent, weights_of
+from tiny import STEPS_A_ROLLOUT, assert_same, csv_logger, gradients, nudge, tiny_agent, weights_of
 
 from agents import GRPO, Decoding
 from agents.losses import group_advantages
-from agents.policies.var_text import SHARPNESS_GAIN
 from rewards.base import Reward, RewardOutput
 from var_env import VARTextEnv
 
 EVERYTHING = range(3)
-
-
-def gradients(agent, rollout, advantages, steps=EVERYTHING):
-    """The gradient that an update hands to its optimiser, and nothing learned."""
-    agent.optimizer = torch.optim.SGD(agent.policy.parameters(), lr=0.0)
-    agent.learning_rate, agent.max_grad_norm = 0.0, 1e9
-    agent._setup_lr_schedule()
-    agent.update(rollout, advantages, steps)
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in agent.policy.named_parameters()
-    }
-
-
-def assert_same(left, right, **tolerance):
-    assert left.keys() == right.keys()
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
-
-
-def nudge(agent, scale=0.05):
-    """Move the policy off its reference."""
-    with torch.no_grad():
-        for name, weight in agent.policy.named_parameters():
-            size = scale / SHARPNESS_GAIN if name == "sharpness" else scale
-            weight += size * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture

@@ -71,6 +71,64 @@ class TestUnroll:
         assert envs.reward is parts["reward"] and envs.reward.calls == 1
 
 
+class TestForkAt:
+    """P = 2 prompts, G = 3 prefixes, K = 2 suffixes, forked before grid 1."""
+
+    @pytest.fixture
+    def tree(self, policy, parts):
+        return collect(policy, tiny_envs(parts), 3, Decoding(), seeded(), fork_at=(1, 2), seed=7)
+
+    def test_pictures_of_a_prefix_share_it_and_differ_later(self, tree):
+        assert tree.scores.shape == (2, 6) and [len(grid) for grid in tree.grids] == [12] * 3
+        first, second = tree.grids[0].unflatten(0, (6, 2)).unbind(1)
+        assert torch.equal(first, second)
+        later, other = tree.grids[2].unflatten(0, (6, 2)).unbind(1)
+        assert not torch.equal(later, other)
+        assert len(torch.unique(tree.grids[0][:6])) > 1  # prefixes of one prompt differ
+
+    @pytest.mark.parametrize("decoding", [Decoding(), Decoding(guidance=2.0, top_k=8)], ids=["plain", "guided"])
+    def test_suffixes_from_the_shared_cache_are_those_from_scratch(self, policy, parts, decoding):
+        envs = tiny_envs(parts)
+        tree = collect(policy, envs, 3, decoding, seeded(), fork_at=(1, 2), seed=7)
+        scratch = tiny_envs(parts, 12)
+        scratch.reset(options={"scenes": tree.scenes})
+        caches = Caches(policy, policy.encode_prompts([scene.prompt for scene in tree.scenes]), decoding.guided)
+        caches.step(0, scratch.tokenizer.read(0, scratch.canvas), None)
+        scratch.step(tree.grids[0])
+        generator = seeded()
+        torch.rand(6, 1, 1, generator=generator)  # the noise that drew the prefixes
+        trail = unroll(policy, scratch, caches, range(1, 3), decoding, generator)
+        for ours, theirs in zip(trail.grids, tree.grids[1:], strict=True):
+            assert torch.equal(ours, theirs)
+        assert np.array_equal(trail.info["image"], tree.images)
+        assert np.array_equal(trail.info["score"], tree.scores.flatten().numpy())
+
+    def test_every_row_counts_each_step_once(self, policy, parts):
+        seen = []
+        collect(
+            policy, tiny_envs(parts), 3, Decoding(), fork_at=(2, 4), seed=7, on_step=lambda e: seen.append(e.num_envs)
+        )
+        assert seen == [6, 6, 24]
+
+    def test_merge_makes_rows_of_prefixes(self, tree):
+        rows = tree.merge(2, 1, lambda returns: returns.sum(-1))
+        assert rows.suffixes == 2 and rows.returns.shape == (2, 3, 2) and len(rows.scenes) == 6
+        assert [grid.shape for grid in rows.grids] == [(6, 1, 1)] and len(rows.behaviour_logp) == len(rows.support) == 1
+        for p in range(2):
+            for g in range(3):
+                for k in range(2):
+                    assert rows.returns[p, g, k] == tree.scores[p, 2 * g + k]
+                assert rows.scores[p, g] == tree.scores[p, 2 * g] + tree.scores[p, 2 * g + 1]
+                assert torch.equal(rows.grids[0][3 * p + g], tree.grids[0][6 * p + 2 * g])
+                assert rows.scenes[3 * p + g] == tree.scenes[6 * p + 2 * g]
+        assert rows.images is tree.images and rows.summary()["reward"] == pytest.approx(tree.scores.mean().item())
+
+    @pytest.mark.parametrize("fork_at", [(0, 2), (3, 2), (1, 0)])
+    def test_bad_forks(self, policy, parts, fork_at):
+        with pytest.raises(ValueError, match="fork_at"):
+            collect(policy, tiny_envs(parts), 2, Decoding(), fork_at=fork_at)
+
+
 class TestCollect:
     def test_rows_are_groups_of_one_prompt(self, policy, parts):
         envs = tiny_envs(parts, 2)
@@ -80,7 +138,7 @@ class TestCollect:
         prompts = [scene.prompt for scene in rollout.scenes]
         assert prompts == [envs.scenes[0].prompt] * 4 + [envs.scenes[1].prompt] * 4 and len(set(prompts)) == 2
         assert rollout.images.shape == (8, 64, 64, 3) and len(rollout.words_read) == len(rollout.regions) == 8
-        assert rollout.images_decoded == 8 and rollout.tokens_sampled == 8 * 21
+        assert rollout.suffixes == 1 and torch.equal(rollout.returns[..., 0], rollout.scores)
         brightness = rollout.images.mean((1, 2, 3)) / 255
         np.testing.assert_allclose(rollout.scores.flatten(), brightness, atol=1e-6)
         assert len(np.unique(rollout.images, axis=0)) > 4  # a group is not one picture many times

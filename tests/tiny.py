@@ -4,7 +4,7 @@ import torch
 from stable_baselines3.common.logger import Logger, configure
 
 from agents import GRPO
-from agents.policies.var_text import VARTextPolicy
+from agents.policies.var_text import SHARPNESS_GAIN, VARTextPolicy
 from var_env import VARTextVectorEnv
 
 
@@ -39,6 +39,31 @@ def csv_logger(folder):
 
 def weights_of(module):
     return {name: weight.detach().clone() for name, weight in module.named_parameters()}
+
+
+def gradients(agent, rollout, advantages, steps=range(3)):
+    """The gradient that an update hands to its optimiser, and nothing learned."""
+    agent.optimizer = torch.optim.SGD(agent.policy.parameters(), lr=0.0)
+    agent.learning_rate, agent.max_grad_norm = 0.0, 1e9
+    agent._setup_lr_schedule()
+    agent.update(rollout, advantages, steps)
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in agent.policy.named_parameters()
+    }
+
+
+def assert_same(left, right, **tolerance):
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def nudge(agent, scale=0.05):
+    """Move the policy off its reference."""
+    with torch.no_grad():
+        for name, weight in agent.policy.named_parameters():
+            size = scale / SHARPNESS_GAIN if name == "sharpness" else scale
+            weight += size * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
 
 
 STEPS_A_ROLLOUT = 2 * 4 * 3  # P * G * T

@@ -110,6 +110,10 @@ class Policy(nn.Module, ABC):
             features.append(self.tokenizer.read(t + 1, canvas))
         return features
 
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers about the weights that are worth a curve, by name; none by default."""
+        return {}
+
     # Files -------------------------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -166,6 +166,11 @@ class VARTextPolicy(Policy):
         """The learned temperature of each scale."""
         return (-SHARPNESS_GAIN * self.sharpness).exp().tolist()
 
+    def diagnostics(self) -> dict[str, float]:
+        """``temperature_4_4x4`` and so on, by number and grid."""
+        names = [f"temperature_{t}_{h}x{w}" for t, (h, w) in enumerate(self.schedule.grids, 1)]
+        return dict(zip(names, self.temperatures(), strict=True))
+
     def _scale_bias(self, tokens: int) -> Tensor:
         """0 where a token may look and -inf at later scales, `(tokens, tokens)`."""
         sizes = torch.tensor(self.schedule.sizes, device=self.device)

@@ -1,0 +1,236 @@
+"""How much the scales of a rollout pull against each other, the paper's "asynchronous policy conflict" (section 3.2).
+
+The loss of a full rollout is a sum over scales, and each scale's share has a gradient in the same weights. The cosine
+between two of them says whether a step for the one helps the other (above 0), leaves it alone (0) or undoes it (below).
+PANW changes the gradients' lengths and not their directions; MP changes both. VMR changes which of them meet in one
+update, so here every agent is measured over the full horizon: VMR's map shows what its split keeps apart.
+
+How to read it. A policy gradient from few pictures is mostly noise, and gradients of noise have cosines near 0 however
+strong the conflict is. So the batch's prompts are split in two halves, and a scale's *reliability* r is the cosine
+between its gradients from either half: 1 without noise, near 0 when there is little else. With ``R = 2 r / (1 + r)``
+for the whole batch (Spearman and Brown), a true cosine c between scales s and t shows as about ``c sqrt(R_s R_t)``.
+Where the reliabilities are near 0, small cosines do not mean peace, and a few of -0.1 do not mean war: the shipped
+policy's map of 4 x 8 pictures has cosines between -0.2 and 0.2 that change sign with the seed. Ask for more prompts,
+and for the same sign from several seeds, before calling it either. The lengths are then those of the noise, but they
+change little with the seed.
+
+Lengths and angles are Euclidean, before the gradient is clipped and before AdamW divides each weight's part by its
+usual size. They are taken over the weights that more than one scale moves. A weight that belongs to one scale, such as
+its temperature or its position embeddings, cannot be in conflict; it would only lengthen the gradient (the temperatures
+of the shipped policy make up most of it) and draw every cosine towards 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from stable_baselines3.common.logger import Image, Logger
+from torch import Tensor
+
+from agents import logs
+from agents.base import require_at_least
+from agents.callbacks import AgentCallback
+from agents.grpo import GRPO, TokenWeights
+from agents.losses import group_advantages
+from agents.rollout import Rollout, collect, resized
+from var_env.schedule import ScaleSchedule
+
+if TYPE_CHECKING:
+    from agents.wrapper import Wrapper
+
+
+class Conflict(NamedTuple):
+    """One measurement of T scales, on the CPU."""
+
+    update: int  # updates before it
+    cosines: Tensor  # (T, T) of the policy term's gradients; NaN where one is zero
+    norms: Tensor  # (T,) of the policy term's gradients, with the agent's weights
+    kl_norms: Tensor  # (T,) of the KL term's, its coefficient included
+    reliability: Tensor  # (T,) cosine between the policy term's gradients from two halves of the prompts
+
+
+def scale_gradients(
+    agent: GRPO | Wrapper, rollout: Rollout, weights: TokenWeights | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """The gradient of each scale's share in the agent's loss on a full rollout, ``(T, N)``.
+
+    N counts the policy's trainable parameters, in their order. The shares add up to the loss, and the gradients to
+    the loss's. The ratios are 1, as in the first optimiser step after sampling. With ``ratio_level="sequence"`` they
+    are taken over each grid alone. Leaves the agent as it is, ``.grad`` included; costs about two forward and backward
+    passes of an update and holds N numbers a scale.
+
+    Args:
+        rollout: of all T grids; advantages are normalised within its groups, ``losses.group_advantages``.
+        weights: of the tokens, ``(B, L)`` each. Default: the agent's, wrappers included, for the policy term, and 0
+            for the KL term.
+        rows: int64, the rows whose share in the loss it is. Default: all. Disjoint rows' gradients add up.
+
+    Raises:
+        ValueError: the rollout ends before the last grid, as those of VMR's prefix updates do.
+    """
+    core = agent.unwrapped
+    schedule, batch = core.policy.schedule, len(rollout.scenes)
+    if len(rollout.grids) < len(schedule):
+        raise ValueError(f"need a rollout of all {len(schedule)} grids, got the first {len(rollout.grids)}")
+    if weights is None:
+        weights = core.outermost.token_weights(rollout, range(len(schedule)))
+        weights = weights._replace(kl=torch.zeros_like(weights.kl))
+    advantages = group_advantages(rollout.scores, core.advantage_eps).flatten().to(core.device)  # (B,)
+    rows = torch.arange(batch, device=core.device) if rows is None else rows
+    parameters = [weight for weight in core.policy.parameters() if weight.requires_grad]
+    gradients = torch.zeros(len(schedule), sum(weight.numel() for weight in parameters), device=core.device)
+    for t, tokens in enumerate(schedule.slices):
+        share = TokenWeights(*(part[:, tokens] for part in weights))
+        for micro in rows.split(core.micro_batch or batch):
+            loss, _ = core.loss(rollout, micro, advantages[micro], share, None, range(t, t + 1), batch)
+            parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            gradients[t] += torch.cat([part.flatten() for part in parts])
+    return gradients
+
+
+def cosines(gradients: Tensor) -> Tensor:
+    """Cosine similarity between rows, ``(T, N)`` to ``(T, T)``; NaN for a row of zeros, which has no direction."""
+    products = gradients @ gradients.T
+    norms = products.diagonal().sqrt()
+    return (products / (norms[:, None] * norms)).clamp(-1, 1)
+
+
+def measure(agent: GRPO | Wrapper, rollout: Rollout) -> Conflict:
+    """The conflict in a full rollout of at least 2 prompts, whose halves are the first P // 2 prompts and the rest.
+
+    Leaves the agent as it is, and holds about 4 T numbers for each trainable parameter.
+    """
+    core = agent.unwrapped
+    rows = torch.arange(len(rollout.scenes), device=core.device)
+    half = rollout.scores.shape[0] // 2 * rollout.scores.shape[1]
+    if half == 0:
+        raise ValueError("need a rollout of at least 2 prompts, to compare the gradients of its halves; got 1")
+    logger, core._logger = core.logger, Logger(None, [])  # wrappers log their weights, but this is no update
+    try:
+        weights = core.outermost.token_weights(rollout, range(len(core.policy.schedule)))
+    finally:
+        core._logger = logger
+    policy_term = weights._replace(kl=torch.zeros_like(weights.kl))
+    kl_term = weights._replace(policy=torch.zeros_like(weights.policy))
+    first, second = (scale_gradients(agent, rollout, policy_term, part) for part in (rows[:half], rows[half:]))
+    kl = scale_gradients(agent, rollout, kl_term) if core.kl_coef else torch.zeros_like(first)
+    shared = ((first != 0) | (second != 0) | (kl != 0)).sum(0) > 1  # (N,) moved by more than one scale
+    first, second, kl = first[:, shared], second[:, shared], kl[:, shared]
+    whole = first + second
+    reliability = (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
+    found = (cosines(whole), whole.norm(dim=1), kl.norm(dim=1), reliability)
+    return Conflict(core.n_updates, *(part.cpu() for part in found))
+
+
+class ConflictProbe(AgentCallback):
+    """Measures the conflict before the first update, after every n-th and at the end, and logs ``conflict/``.
+
+    - ``cosine_mean``, ``cosine_min``, ``negative_share``: over the pairs of different scales.
+    - ``grad_norm_``, ``grad_share_``: length of each scale's gradient of the policy term, with the agent's weights,
+      and its share in the sum of the lengths. PANW's business.
+    - ``kl_grad_norm_``: the same for the KL term; 0 before the first update. The KL itself is ``scale/kl_``.
+    - ``reliability_``: how far to trust a scale's row of the map. Read the module's text before the map.
+    - ``cosine``, in TensorBoard: the map of all pairs, with the reliabilities beside it.
+
+    A value that does not exist, such as the cosine of a zero gradient, is left out. Training is the same bit for bit
+    with and without the probe: its batch has noise of its own. Its pictures cost reward calls outside the budget, as
+    those of an evaluation do. The prompts and the noise are the same at every measurement, in the agent's own world
+    and decoding, so that maps compare over time and between agents.
+
+    Args:
+        every: updates between two measurements.
+        prompts: P, at least 2, with the agent's group size. With the defaults of probe and agent, a measurement takes
+            about as long as two iterations of training.
+        seed: of the prompts and the noise.
+
+    Attributes:
+        history: a `Conflict` for each measurement.
+    """
+
+    def __init__(self, every: int = 20, prompts: int = 4, seed: int = 0) -> None:
+        super().__init__()
+        require_at_least(1, every=every)
+        require_at_least(2, prompts=prompts)
+        self.every, self.prompts, self.seed = every, prompts, seed
+        self.history: list[Conflict] = []
+
+    def _on_rollout_start(self) -> None:
+        if self.model.n_updates % self.every == 0:
+            self.measure()
+
+    def _on_training_end(self) -> None:
+        if not self.history or self.history[-1].update != self.model.n_updates:
+            self.measure()
+            self.logger.dump(self.model.num_timesteps)
+
+    def measure(self) -> None:
+        """Measure now, and record."""
+        agent = self.model
+        assert isinstance(agent, GRPO) and agent.env is not None
+        rollout = collect(
+            agent.policy,
+            resized(agent.env, self.prompts),
+            agent.group_size,
+            agent.decoding,
+            torch.Generator(agent.device).manual_seed(self.seed),
+            seed=self.seed,
+            keep_support=agent.keeps_support,
+        )
+        self.history.append(measure(agent, rollout))
+        record(self.logger, self.history[-1], agent.policy.schedule)
+
+
+def record(logger: Logger, conflict: Conflict, schedule: ScaleSchedule) -> None:
+    """Log a measurement under the names of `ConflictProbe`."""
+    different = ~torch.eye(len(schedule), dtype=torch.bool)
+    pairs = conflict.cosines[different & conflict.cosines.isfinite()]
+    values = {}
+    if len(pairs):
+        values = {
+            "cosine_mean": pairs.mean(),
+            "cosine_min": pairs.min(),
+            "negative_share": (pairs < 0).float().mean(),
+        }
+    shares = conflict.norms / conflict.norms.sum()
+    for t in range(len(schedule)):
+        name = logs.scale_name(schedule, t)
+        values |= {
+            f"grad_norm_{name}": conflict.norms[t],
+            f"grad_share_{name}": shares[t],
+            f"kl_grad_norm_{name}": conflict.kl_norms[t],
+            f"reliability_{name}": conflict.reliability[t],
+        }
+    for key, value in values.items():
+        if math.isfinite(value):
+            logger.record(f"conflict/{key}", value.item())
+    if logs.shows_pictures(logger):
+        logger.record("conflict/cosine", Image(heat_map(conflict, schedule), "HWC"), exclude=logs.EYES_ONLY)
+
+
+def heat_map(conflict: Conflict, schedule: ScaleSchedule) -> np.ndarray:
+    """The cosines, T x T, and in a column of their own the reliabilities: uint8 ``(H, W, 3)``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
+    from matplotlib.figure import Figure
+
+    scales = len(schedule)
+    names = [f"{h}x{w}" for h, w in schedule.grids]
+    figure = Figure(figsize=(2.5 + 0.6 * scales, 1.5 + 0.5 * scales), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[scales, 1])
+    for axes, table in ((left, conflict.cosines.numpy()), (right, conflict.reliability[:, None].numpy())):
+        axes.imshow(table, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")
+        for (y, x), value in np.ndenumerate(table):
+            colour = "white" if abs(value) > 0.6 else "black"
+            axes.text(x, y, "none" if math.isnan(value) else f"{value:.2f}", ha="center", va="center", color=colour)
+    left.set_xticks(range(scales), names)
+    left.set_yticks(range(scales), names)
+    left.set_title(f"cosine of gradients, update {conflict.update}")
+    right.set_xticks([0], ["reliability"])
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+__all__ = ["Conflict", "ConflictProbe", "cosines", "heat_map", "measure", "record", "scale_gradients"]

@@ -1,0 +1,166 @@
+"""Mask Propagation (MP): the policy gradient goes to the tokens that the reward looked at (section 3.5, Figure 4).
+
+The regions that decide the reward, here the boxes of the text, make a mask on the finest grid, and the mask is
+propagated backward, from finer to coarser grids. It gates the policy term of the loss and leaves the KL term alone, so
+that the rest of the picture is held where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from stable_baselines3.common.logger import Image
+from torch import Tensor
+
+from agents import logs, pictures
+from agents.base import require_at_least
+from agents.grpo import GRPO, TokenWeights
+from agents.rollout import Rollout
+from agents.wrapper import Wrapper
+from var_env.schedule import ScaleSchedule
+
+SOURCES = ("read", "layout")
+Boxes = np.ndarray | Tensor | Sequence[Sequence[float]]
+
+
+def visible_boxes(boxes: Boxes, schedule: ScaleSchedule, dilation: int = 0) -> Tensor:
+    """Boxes xyxy in pixels, grown on every side by ``dilation``, cut to the picture, and left out when nothing remains.
+
+    ``(n, 4)`` to float32 ``(n', 4)``.
+    """
+    h, w = schedule.grids[-1]
+    size = torch.tensor([w, h], dtype=torch.float32) * schedule.patch  # of the picture, in pixels
+    corners = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 2, 2)  # (n, 2, xy)
+    corners = corners + torch.tensor([[-dilation], [dilation]])
+    corners = corners.clamp(min=torch.zeros(2)).minimum(size)
+    return corners.flatten(1)[(corners[:, 1] > corners[:, 0]).all(1)]
+
+
+def boxes_to_mask(boxes: Boxes, schedule: ScaleSchedule, soft: bool = False, dilation: int = 0) -> Tensor:
+    """The mask of one picture on the finest grid, ``(H, W)``, from boxes ``(n, 4)``, xyxy in pixels.
+
+    Hard, a bool: a cell is on when a box overlaps it, be it by a fraction of a pixel; to share an edge is not enough.
+    Soft, float32: the share of the cell's pixels that any box overlaps in this sense. Boxes may stick out of the
+    picture, and each grows by ``dilation`` pixels on every side.
+
+    All is on when no box overlaps the picture: there is none, or they have no area, or they lie outside. Pictures in
+    which nothing can be read are the worst ones, and with an empty mask they would teach nothing.
+    """
+    h, w = schedule.grids[-1]
+    p = schedule.patch
+    cell = 1 if soft else p  # px
+    seen = visible_boxes(boxes, schedule, dilation)
+    if len(seen) == 0:
+        return torch.ones(h, w, dtype=torch.float32 if soft else torch.bool)
+    x0, y0, x1, y1 = seen.unsqueeze(-1).unbind(1)  # (n, 1)
+    rows, columns = torch.arange(0, h * p, cell), torch.arange(0, w * p, cell)
+    on_rows = (y0 < rows + cell) & (y1 > rows)  # (n, h * p / cell)
+    on_columns = (x0 < columns + cell) & (x1 > columns)  # (n, w * p / cell)
+    on = on_rows.float().T @ on_columns.float() > 0  # by any box
+    return on.view(h, p, w, p).float().mean((1, 3)) if soft else on
+
+
+def propagate_mask(finest: Tensor, schedule: ScaleSchedule) -> list[Tensor]:
+    """From the mask of the finest grid, ``(B, H, W)``, those of all grids, T of ``(B, h_t, w_t)``, coarse to fine.
+
+    Step by step from finer to coarser (Figure 4). Cell i of a side of h cells spans ``i / h`` to ``(i + 1) / h``,
+    whether or not the grids nest. A bool mask is on in a coarser cell when any finer cell that it overlaps is on. A
+    float mask is the mean over the finer cells, weighted by the overlap: the share of the coarser cell that is covered.
+    """
+    height, width = schedule.grids[-1]
+    if finest.shape[1:] != (height, width) or not (finest.dtype == torch.bool or finest.is_floating_point()):
+        raise ValueError(
+            f"the finest mask must be bool or float (B, {height}, {width}), got {finest.dtype} {tuple(finest.shape)}"
+        )
+    masks = [finest]
+    for (h, w), (finer_h, finer_w) in zip(schedule.grids[-2::-1], schedule.grids[:0:-1], strict=True):
+        rows, columns = (overlap(*sides).to(finest.device) for sides in ((h, finer_h), (w, finer_w)))
+        covered = rows @ masks[-1].float() @ columns.T  # (B, h, w), an area
+        masks.append(covered > 0 if finest.dtype == torch.bool else covered / (finer_h * finer_w))
+    return masks[::-1]
+
+
+def overlap(coarse: int, fine: int) -> Tensor:
+    """How much cell i of ``coarse`` shares with cell j of ``fine`` along one side, exactly: float32 ``(coarse, fine)``.
+
+    The unit is ``1 / (coarse * fine)`` of the side, which makes all of them whole numbers; a row sums to ``fine``.
+    """
+    i, j = torch.arange(coarse)[:, None] * fine, torch.arange(fine) * coarse  # where the cells begin
+    return (torch.minimum(i + fine, j + coarse) - torch.maximum(i, j)).clamp(min=0).float()
+
+
+class MaskPropagation(Wrapper):
+    """Gates the policy term by the propagated mask of each row's text. The KL term stays as it is.
+
+    A row with K pictures, such as a prefix of VMR, has the union of their masks, since each of them tells what became
+    of the row. Where nothing was read in one of them, `boxes_to_mask` makes all tokens count, and so does the union.
+
+    With GRPO's ``ratio_level="token"`` no policy gradient reaches a masked token. At the other levels a kept token's
+    ratio is a mean over its grid or row, masked tokens included, and through it some does.
+
+    Logs ``mask/kept_``, the mean of the mask for every scale, and to TensorBoard ``mask/propagated``, every
+    ``image_interval`` updates: pictures with their boxes beside the masks of all scales.
+
+    Args:
+        agent: the agent, or wrapper, inside.
+        boxes: "read" takes the regions that the reward found in the picture, "layout" those of the scene. Beware:
+            the shipped world draws the heights of the lines at random and the prompt does not tell them, so a scene's
+            layout is not that of the pictures sampled for it, unless the world is ``World(placement="even")``. A
+            scene made from a prompt alone has no layout, and all of its tokens count.
+        soft: weigh tokens by the share of their cell that is covered.
+        dilation: pixels by which a box grows on every side.
+
+    Raises:
+        ValueError: other ``boxes``, or a negative ``dilation``.
+    """
+
+    def __init__(self, agent: GRPO | Wrapper, *, boxes: str = "read", soft: bool = False, dilation: int = 0) -> None:
+        if boxes not in SOURCES:
+            raise ValueError(f"unknown boxes {boxes!r}: choose one of {', '.join(SOURCES)}")
+        require_at_least(0, dilation=dilation)
+        super().__init__(agent)
+        self.boxes, self.soft, self.dilation = boxes, soft, dilation
+
+    def token_weights(self, rollout: Rollout, steps: range) -> TokenWeights:
+        weights = self.agent.token_weights(rollout, steps)
+        masks = self.masks(rollout)
+        self.record(rollout, masks, steps)
+        flat = torch.cat([masks[t].flatten(1) for t in steps], 1).to(weights.policy)  # (B, n)
+        return weights._replace(policy=weights.policy * flat)
+
+    def boxes_of(self, rollout: Rollout, picture: int) -> Boxes:
+        """The boxes of one of the B * K pictures, ``(n, 4)``."""
+        return rollout.regions[picture] if self.boxes == "read" else rollout.scenes[picture // rollout.suffixes].boxes
+
+    def masks(self, rollout: Rollout) -> list[Tensor]:
+        """The mask of every scale, T of ``(B, h_t, w_t)``, also of the scales that the rows leave out."""
+        schedule = self.unwrapped.policy.schedule
+        boxes = [self.boxes_of(rollout, picture) for picture in range(len(rollout.images))]
+        finest = torch.stack([boxes_to_mask(found, schedule, self.soft, self.dilation) for found in boxes])
+        union = finest.unflatten(0, (-1, rollout.suffixes)).amax(1)  # over K: (B, H, W)
+        return propagate_mask(union, schedule)
+
+    def record(self, rollout: Rollout, masks: Sequence[Tensor], steps: range) -> None:
+        """Log how much of each scale in ``steps`` is kept and, when it is time, a picture of a few rows."""
+        agent, rows = self.unwrapped, len(rollout.scenes)
+        for t in steps:
+            name = logs.scale_name(agent.policy.schedule, t)
+            agent.logger.record(f"mask/kept_{name}", masks[t].float().mean().item())
+        if agent.image_interval and agent.n_updates % agent.image_interval == 0 and logs.shows_pictures(agent.logger):
+            shown = range(0, rows, -(-rows // 4))  # at most four, of different prompts if there are as many
+            picture = Image(self.sheet(rollout, masks, shown), "HWC")
+            agent.logger.record("mask/propagated", picture, exclude=logs.EYES_ONLY)
+
+    def sheet(self, rollout: Rollout, masks: Sequence[Tensor], rows: Sequence[int]) -> np.ndarray:
+        """The picture for people of some rows, see `pictures.mask_sheet`."""
+        schedule, k = self.unwrapped.policy.schedule, rollout.suffixes
+        returns = rollout.returns.flatten().tolist()  # B * K
+        shown = [picture for row in rows for picture in range(row * k, row * k + k)]
+        return pictures.mask_sheet(
+            rollout.images[shown],
+            [visible_boxes(self.boxes_of(rollout, i), schedule, self.dilation).numpy() for i in shown],
+            [pictures.caption(rollout.scenes[i // k].words, rollout.words_read[i], returns[i]) for i in shown],
+            [mask[list(rows)].float().numpy() for mask in masks],
+        )

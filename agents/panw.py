@@ -1,0 +1,46 @@
+"""PANW, Per-Action Normalization Weighting: the loss at each scale is weighted by its number of tokens (section 3.4).
+
+A picture's scales hold 1, 4, 9, ... tokens, and in the mean over tokens the last ones drown the first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agents.grpo import GRPO, TokenWeights
+from agents.rollout import Rollout
+from agents.wrapper import Wrapper
+from var_env.schedule import ScaleSchedule
+
+
+def panw_weights(schedule: ScaleSchedule, alpha: float, steps: range | None = None) -> Tensor:
+    """The weight of each token of the grids in ``steps``, all by default: float32 ``(n,)``, summing to one.
+
+    A token of grid t weighs ``k_t = 1 / (h_t w_t)^alpha`` (eq. 9), then all are divided by their sum. With
+    ``alpha = 0`` every token weighs the same, with 1 every grid, and above 1 the coarse grids weigh more.
+    """
+    sizes = torch.tensor([schedule.sizes[t] for t in (range(len(schedule)) if steps is None else steps)])
+    k = sizes.double() ** -alpha  # eq. 9
+    return (k / (k * sizes).sum()).float().repeat_interleave(sizes)
+
+
+class PANW(Wrapper):
+    """Weights each token's policy term and KL by `panw_weights` over the grids of an update.
+
+    Args:
+        agent: the agent to wrap.
+        alpha: the exponent of eq. 9, at least 0. The paper finds 0.6 to 0.8 best.
+    """
+
+    def __init__(self, agent: GRPO | Wrapper, *, alpha: float = 0.6) -> None:
+        if not 0 <= alpha < float("inf"):
+            raise ValueError(f"alpha must be a finite number of at least 0, got {alpha}")
+        super().__init__(agent)
+        self.alpha = alpha
+
+    def token_weights(self, rollout: Rollout, steps: range) -> TokenWeights:
+        weights = self.agent.token_weights(rollout, steps)
+        k = panw_weights(self.unwrapped.policy.schedule, self.alpha, steps).to(weights.policy)  # (n,)
+        k = k * len(k)  # a mean of one, since the weights inside are a mean already
+        return TokenWeights(weights.policy * k, weights.kl * k)

@@ -1,0 +1,100 @@
+"""Wrappers: they change how much each token counts in an agent's updates. PANW and MP are two.
+
+A wrapper of your own overrides `token_weights`, calls the one inside, and returns something else::
+
+    class CoarseOnly(Wrapper):
+        def __init__(self, agent, *, scales=3):
+            super().__init__(agent)
+            self.scales = scales  # stored under the option's name: that is how it is printed and saved
+
+        def token_weights(self, rollout, steps):
+            weights = self.agent.token_weights(rollout, steps)  # (B, n) each
+            ...
+            return weights._replace(policy=weights.policy * mask)
+
+    agent = CoarseOnly(PANW(VMR("base", "VARText-v0", split=4)), scales=2)
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stable_baselines3.common.type_aliases import MaybeCallback
+
+from agents import checkpoint
+from agents.grpo import GRPO, TokenWeights
+from agents.rollout import Rollout
+
+WrapperT = TypeVar("WrapperT", bound="Wrapper")
+
+
+class Wrapper:
+    """Base class of the wrappers. Everything that it does not define is the wrapped agent's.
+
+    Wrapping is for good: the innermost agent knows its outermost wrapper, and learns, saves and is restored with the
+    whole chain, whichever of them is called. Attributes are read through the wrapper and set on ``unwrapped``.
+
+    Args:
+        agent: an agent, or the outermost wrapper of one. Options of a subclass are keywords and are stored as
+            attributes of the same names.
+
+    Attributes:
+        agent: the next one inside.
+        unwrapped: the innermost agent, which samples and learns.
+    """
+
+    agent: GRPO | Wrapper
+    unwrapped: GRPO
+
+    def __init__(self, agent: GRPO | Wrapper) -> None:
+        if not isinstance(agent, GRPO | Wrapper):
+            raise TypeError(f"{type(self).__name__} wraps an agent, such as GRPO or VMR, got {agent!r}")
+        innermost: GRPO = agent.unwrapped
+        if agent is not innermost.outermost:
+            raise ValueError(f"{agent} is already inside {innermost.outermost}: wrap that one")
+        self.agent, self.unwrapped = agent, innermost
+        innermost.outermost = self
+
+    def token_weights(self, rollout: Rollout, steps: range) -> TokenWeights:
+        """The weights of the tokens of ``steps``, see `GRPO.token_weights`."""
+        return self.agent.token_weights(rollout, steps)
+
+    def settings(self) -> dict[str, Any]:
+        """The options of this wrapper, without those of the agent inside."""
+        names = list(inspect.signature(type(self).__init__).parameters)[2:]  # after self and agent
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def name(self) -> str:
+        return f"{self.agent.name}_{type(self).__name__.lower()}"
+
+    def __str__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.settings().items())
+        return f"{type(self).__name__}({self.agent}{options})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("agent", "unwrapped"):  # not set yet: do not ask an agent that is not there
+            raise AttributeError(name)
+        return getattr(self.agent, name)
+
+    def learn(
+        self: WrapperT,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> WrapperT:
+        """See `Agent.learn`."""
+        self.unwrapped.learn(
+            total_timesteps, callback, log_interval, tb_log_name or self.name, reset_num_timesteps, progress_bar
+        )
+        return self
+
+    @classmethod
+    def load(cls: type[WrapperT], path: str | Path, env: Any = None, **options: Any) -> WrapperT:
+        """Read the file of an agent whose outermost wrapper is this one; see `Agent.load` for the options."""
+        return checkpoint.load(path, env, expected=cls, **options)

@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+
+from agents.pictures import mask_sheet, sample_sheet
+
+RED, BLACK, WHITE = (255, 0, 0), (0, 0, 0), (255, 255, 255)
+SIZE, TILE_WIDTH, TILE_HEIGHT = 192, 196, 226  # px: 64-pixel pictures threefold, and with a gap and two lines of text
+
+
+def pixel(sheet, row, column, x, y):
+    """The colour at a place of a tile, in pixels of the picture."""
+    return tuple(sheet[row * TILE_HEIGHT + y * 3 + 1, column * TILE_WIDTH + x * 3 + 1].tolist())
+
+
+@pytest.fixture
+def images():
+    return np.full((4, 64, 64, 3), 90, np.uint8) + np.arange(4, dtype=np.uint8)[:, None, None, None]
+
+
+def test_mask_sheet_puts_a_rows_pictures_beside_its_masks(images):
+    boxes = [np.array([[8, 16, 40, 48]], np.float32), np.zeros((0, 4), np.float32), np.array([[0, 0, 64, 64]]), []]
+    masks = [np.array([[[1.0]], [[0.5]]]), np.array([[[0.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]]])]
+    sheet = mask_sheet(images, boxes, ["a\nb"] * 4, masks)
+    assert sheet.shape == (2 * TILE_HEIGHT, 4 * TILE_WIDTH, 3) and sheet.dtype == np.uint8
+    for i in range(4):
+        assert pixel(sheet, i // 2, i % 2, 30, 30) == (90 + i,) * 3
+    left = sheet[:TILE_HEIGHT, :TILE_WIDTH]
+    ys, xs = np.nonzero((left == RED).all(-1))
+    assert (xs.min(), ys.min(), xs.max(), ys.max()) == (3 * 8, 3 * 16, 3 * 40 - 1, 3 * 48 - 1)
+    assert not (sheet[:TILE_HEIGHT, TILE_WIDTH : 2 * TILE_WIDTH] == RED).all(-1).any()
+    assert pixel(sheet, 1, 0, 0, 0) == pixel(sheet, 1, 0, 63, 63) == RED
+    assert pixel(sheet, 0, 2, 20, 20) == WHITE and pixel(sheet, 1, 2, 20, 20) == (128,) * 3
+    quarters = [(10, 10), (50, 10), (10, 50), (50, 50)]
+    assert [pixel(sheet, 0, 3, *at) for at in quarters] == [BLACK, WHITE, BLACK, BLACK]
+    assert [pixel(sheet, 1, 3, *at) for at in quarters] == [WHITE, BLACK, BLACK, BLACK]
+
+
+def test_mask_sheet_outlines_cells_and_draws_slivers(images):
+    sliver = np.array([[63.9, 0, 64, 64], [5, 5, 5.1, 5.1]], np.float32)
+    sheet = mask_sheet(images[:1], [sliver], ["a\nb"], [np.ones((1, 2, 3))])
+    tile = sheet[:SIZE, TILE_WIDTH : TILE_WIDTH + SIZE]
+    grey = (tile == 128).all(-1)
+    assert np.flatnonzero(grey.all(0)).tolist() == [0, 64, 128, 191]
+    assert np.flatnonzero(grey.all(1)).tolist() == [0, 96, 191]
+    assert (sheet[:SIZE, SIZE - 1] == RED).all()
+
+
+def test_sample_sheet_wants_a_caption_a_picture(images):
+    with pytest.raises(ValueError, match="4 and 3"):
+        sample_sheet(images, ["a"] * 3)
