@@ -6,10 +6,11 @@ ARGS ?=
 INSTALLED := .venv/.installed
 BIN := .venv/bin
 
-.PHONY: help compare test lint bench pretrain clean
+.PHONY: help compare ablate test lint bench pretrain clean
 
 help:
 	@echo "make compare   train agents from the shipped base policy and compare them on held-out words (runs/)"
+	@echo "make ablate    the paper's ablations; ARGS=m for one of them (hours for all)"
 	@echo "make test      run the tests"
 	@echo "make lint      run ruff and mypy"
 	@echo "make bench     time the environment, the reward, sampling and updates"
@@ -23,6 +24,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 compare: $(INSTALLED)
 	$(BIN)/python examples/compare.py $(ARGS)
+
+ablate: $(INSTALLED)
+	$(BIN)/python examples/ablate.py $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)

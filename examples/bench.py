@@ -19,6 +19,10 @@ Every number is the median over --repeats, after one run to warm up. What is mea
   the whole prefix, prompt and canvas included, run again at every scale. That both draw the same codes from the same
   noise is checked first, in double precision, so that rounding cannot tip a draw.
 
+- **VMR prefix iteration, against its token counts**: the time of one with K = 2, over what the GRPO iteration's phases
+  predict: sampling by image tokens drawn, decoding and reward by pictures, the update by the tokens of its forward
+  pass, prompt and image.
+
 Drawing all scales from the cache costs 130 image tokens a picture, and without it 1 + 5 + 14 + 30 + 66 + 130 = 246 and
 the prompt six times, which the cached path encodes once a group: about 2.8 times the arithmetic, a bound for that line.
 
@@ -38,18 +42,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import numpy as np
 import rapidocr
 import torch
-from common import add_model_options, clear_errors, load_policy, make_env, make_parser, table, write_json
+from common import SPLIT, add_model_options, clear_errors, load_policy, make_env, make_parser, table, write_json
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 from tqdm import tqdm
 
-from agents import GRPO, Decoding, held_out_scenes
+from agents import GRPO, VMR, Decoding, held_out_scenes
 from agents.policies.base import Policy
 from agents.rollout import TimedReward, collect
 from agents.sampling import draw
@@ -59,6 +63,7 @@ from var_env import Tokenizer, VARTextVectorEnv
 from var_env.scenes import render
 
 PHASES = ("sampling", "decode", "reward", "update")
+AgentT = TypeVar("AgentT", bound=GRPO)
 
 
 @dataclass
@@ -144,32 +149,56 @@ class Bench:
             Measured("environment's own share of a rollout", share, "%", "<= 3", share <= 3),
         ]
 
-    # A GRPO iteration ------------------------------------------------------------------------------------------------
+    # Iterations ------------------------------------------------------------------------------------------------------
 
     def iteration(self) -> list[Measured]:
-        agent = GRPO(
+        grpo, vmr = self.agent(GRPO), self.agent(VMR, split=SPLIT, suffix_samples=2)
+        seen: dict[GRPO, list[list[float]]] = {grpo: [], vmr: []}
+        for _ in tqdm(range(self.repeats + 1), "iterations", leave=False):
+            for agent, times in seen.items():  # in turns, so that a busy moment meets both
+                agent._n_updates = 0  # VMR's first updates are of the prefix
+                agent.iterate()
+                times.append([agent.logger.name_to_value[f"time/{phase}"] for phase in PHASES])
+        ours, prefix = (np.median(times[1:], axis=0) for times in seen.values())  # (phases,)
+        predicted = (ours * self.prefix_work(vmr)).sum()
+        shares = 100 * ours / ours.sum()
+        return [
+            Measured("update images/s", self.images / ours[-1], "1/s"),
+            Measured("GRPO iteration", ours.sum(), "s"),
+            *(Measured(f"share of {phase}", share, "%") for phase, share in zip(PHASES, shares, strict=True)),
+            Measured("VMR prefix iteration", prefix.sum(), "s"),
+            Measured("VMR prefix update, times faster than GRPO's", ours[-1] / prefix[-1], "x"),
+            Measured(
+                "VMR prefix iteration, against its token counts",
+                prefix.sum() / predicted,
+                "x",
+                "<= 1.15",
+                bool(prefix.sum() <= 1.15 * predicted),
+            ),
+        ]
+
+    def agent(self, kind: type[AgentT], **options: Any) -> AgentT:
+        """An agent that learns nothing, so that each repeat meets the same policy."""
+        agent = kind(
             self.policy,
             self.envs,
             group_size=self.group_size,
             prompts_per_update=self.images // self.group_size,
-            learning_rate=0.0,  # each repeat meets the same policy
+            learning_rate=0.0,
             image_interval=0,
             seed=0,
             device=self.policy.device,
+            **options,
         )
-        logger = Logger(None, [])
-        agent.set_logger(logger)
-        seen: list[list[float]] = []
-        for _ in tqdm(range(self.repeats + 1), "iterations", leave=False):
-            agent.iterate()
-            seen.append([logger.name_to_value[f"time/{phase}"] for phase in PHASES])
-        times = np.median(seen[1:], axis=0)  # (phases,)
-        shares = 100 * times / times.sum()
-        return [
-            Measured("update images/s", self.images / times[-1], "1/s"),
-            Measured("GRPO iteration", times.sum(), "s"),
-            *(Measured(f"share of {phase}", share, "%") for phase, share in zip(PHASES, shares, strict=True)),
-        ]
+        agent.set_logger(Logger(None, []))
+        return agent
+
+    def prefix_work(self, vmr: VMR) -> np.ndarray:
+        """What a prefix iteration of VMR does in each of `PHASES`, as a multiple of a GRPO iteration's."""
+        schedule, k = vmr.policy.schedule, vmr.suffix_samples
+        prefix, whole = sum(schedule.sizes[: vmr.split]), schedule.total_tokens
+        prompt = max(len(scene.prompt.encode()) + 1 for scene in self.scenes)  # the batch is padded to it
+        return np.array([(prefix + k * (whole - prefix)) / whole, k, k, (prompt + prefix) / (prompt + whole)])
 
     # The reward ------------------------------------------------------------------------------------------------------
 

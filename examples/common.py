@@ -1,13 +1,15 @@
-"""What the example scripts share: their options, loading, the progress bar, evaluation while training, and Ctrl-C."""
+"""What the example scripts share: agents by name, options, loading, the progress bar, evaluation, and Ctrl-C."""
 
 from __future__ import annotations
 
 import argparse
+import copy
+import inspect
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,16 +27,111 @@ import torch
 from stable_baselines3.common.utils import get_device
 from tqdm import tqdm
 
+from agents import load
 from agents.base import Agent
 from agents.callbacks import AgentCallback, HeldOutEval
 from agents.grpo import GRPO
+from agents.mask_propagation import SOURCES, MaskPropagation
+from agents.panw import PANW
 from agents.policies.base import Policy
 from agents.policies.var_text import VARTextPolicy
 from agents.sampling import Decoding
+from agents.vmr import ALTERNATIONS, VMR
+from agents.wrapper import Wrapper
 from var_env import Tokenizer, VARTextVectorEnv
+from var_env.scenes import TARGET_REGIONS
 
-AGENTS: dict[str, type[GRPO]] = {"grpo": GRPO}
+ALGORITHMS: dict[str, type[GRPO]] = {"grpo": GRPO, "vmr": VMR}
+WRAPPERS: dict[str, type[Wrapper]] = {"panw": PANW, "mp": MaskPropagation}
+AGENTS = ("grpo", "vmr", "vmr+panw", "vmr+panw+mp")  # the paper's method, step by step
+SPLIT = "m_32"  # the middle step of VMR, for pictures of 64 pixels
 INTERRUPTED = 130  # the exit status of a process that Ctrl-C ended
+
+
+# Agents --------------------------------------------------------------------------------------------------------------
+
+
+def parts_of(recipe: str) -> tuple[type[GRPO], list[type[Wrapper]]]:
+    """The algorithm and the wrappers, from the inside out, that a recipe such as ``"vmr+panw+mp"`` names.
+
+    Raises:
+        ValueError: it names something else.
+    """
+    algorithm, *wrappers = recipe.split("+")
+    if algorithm not in ALGORITHMS or not set(wrappers) <= WRAPPERS.keys():
+        raise ValueError(
+            f"unknown agent {recipe!r}: give {' or '.join(ALGORITHMS)}, followed by +{', +'.join(WRAPPERS)} or several "
+            f"of them, such as {AGENTS[-1]}"
+        )
+    return ALGORITHMS[algorithm], [WRAPPERS[name] for name in wrappers]
+
+
+def own_options(part: type) -> dict[str, Any]:
+    """The options that VMR or a wrapper adds, with their defaults; none for GRPO, whose options all agents have."""
+    if part is GRPO:
+        return {}
+    parameters = inspect.signature(part.__init__).parameters.values()  # type: ignore[misc]
+    return {p.name: SPLIT if p.name == "split" else p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def method_of(recipe: str, method: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of the method that a recipe uses."""
+    algorithm, wrappers = parts_of(recipe)
+    return {name: method[name] for part in (algorithm, *wrappers) for name in own_options(part)}
+
+
+def make_agent(recipe: str, policy: Policy, env: Any, method: Mapping[str, Any], **common: Any) -> GRPO | Wrapper:
+    """A new agent by its recipe, see `parts_of`.
+
+    Args:
+        method: the settings of VMR and the wrappers, see `METHOD`; those that the recipe does not use are ignored.
+        common: keywords of `GRPO`, which all agents have.
+    """
+    algorithm, wrappers = parts_of(recipe)
+    agent: GRPO | Wrapper = algorithm(policy, env, **{name: method[name] for name in own_options(algorithm)}, **common)
+    for wrapper in wrappers:
+        agent = wrapper(agent, **{name: method[name] for name in own_options(wrapper)})
+    return agent
+
+
+METHOD: dict[str, Any] = own_options(VMR) | own_options(PANW) | own_options(MaskPropagation)  # all settings, by default
+METHOD_HELP = {
+    "split": "VMR's m, the grids of the prefix: their number, or the resolution in pixels at which it ends, as in m_32",
+    "suffix_samples": "VMR's K, suffixes that estimate the value of a prefix; each is a picture of the budget",
+    "eta": "temperature of VMR's soft value of a prefix, in units of the reward",
+    "prefix_updates": "VMR learns prefixes so many times ...",
+    "suffix_updates": "... and then suffixes so many times",
+    "alternation": "VMR takes turns as above, or learns all prefixes and then all suffixes, in the same proportion",
+    "alpha": "PANW's exponent: 0 weighs all tokens the same, 1 all grids",
+    "boxes": "MP's boxes: what was read in the picture, or the scene's layout",
+    "soft": "MP's mask holds the share of a cell that is covered, not whether it is",
+    "dilation": "pixels by which MP's boxes grow on every side",
+}
+METHOD_CHOICES = {"alternation": ALTERNATIONS, "boxes": SOURCES}
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """The settings of VMR and the wrappers, for `method_from`."""
+    group = parser.add_argument_group("VMR and its wrappers, where the agent has them")
+    for name, default in METHOD.items():
+        kind: dict[str, Any] = {"type": parse_split if name == "split" else type(default), "metavar": "N"}
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif name in METHOD_CHOICES:
+            kind = {"choices": METHOD_CHOICES[name]}
+        group.add_argument(
+            f"--{name.replace('_', '-')}", default=None, help=f"{METHOD_HELP[name]} (default: {default})", **kind
+        )
+
+
+def method_from(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_method_options` that were given."""
+    return {name: getattr(args, name) for name in METHOD if getattr(args, name) is not None}
+
+
+def parse_split(text: str) -> int | str:
+    """``"4"`` to 4; ``"m_32"`` stays."""
+    return int(text) if text.isdigit() else text
 
 
 # Options -------------------------------------------------------------------------------------------------------------
@@ -84,17 +181,20 @@ def add_regions_option(parser: argparse.ArgumentParser) -> None:
         "--regions",
         type=parse_regions,
         metavar="COUNT:SHARE,...",
-        help="share of pictures with each number of words (default: 1:0.5,2:0.5)",
+        help="share of pictures with each number of words, or target, the paper's profile of 2 to 5, which needs a "
+        "policy of 128 px (default: 1:0.5,2:0.5)",
     )
 
 
 def parse_regions(text: str) -> dict[int, float]:
-    """``"1:0.5,2:0.5"`` to ``{1: 0.5, 2: 0.5}``."""
+    """``"1:0.5,2:0.5"`` to ``{1: 0.5, 2: 0.5}``; ``"target"`` is the profile of the paper's appendix C."""
+    if text == "target":
+        return dict(TARGET_REGIONS)
     try:
         pairs = [part.split(":") for part in text.split(",")]
         return {int(count): float(share) for count, share in pairs}
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 1:0.5,2:0.5") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is neither target nor like 1:0.5,2:0.5") from None
 
 
 def require_at_least_one(**options: int) -> None:
@@ -126,7 +226,7 @@ def load_policy(args: argparse.Namespace) -> Policy:
             raise ValueError(f"{args.policy} holds its own tokenizer: leave out --tokenizer {args.tokenizer}")
         if not args.policy.is_file():
             raise FileNotFoundError(f"no agent at {args.policy}: examples/train.py makes one")
-        policy: Policy = GRPO.load(args.policy, device=device).policy
+        policy: Policy = load(args.policy, device=device).policy
     else:
         policy = VARTextPolicy.load(args.policy, Tokenizer.load(args.tokenizer))
     policy.tokenizer.to(device)
@@ -143,10 +243,15 @@ def make_env(
     )
 
 
+def copy_of(policy: Policy) -> Policy:
+    """Weights of its own, the tokenizer shared."""
+    return copy.deepcopy(policy, {id(policy.tokenizer): policy.tokenizer})
+
+
 # While training ------------------------------------------------------------------------------------------------------
 
 
-def budget(agent: Agent) -> dict[str, float]:
+def budget(agent: Agent | Wrapper) -> dict[str, float]:
     """What the agent has spent so far: the four axes of a learning curve."""
     return {
         "images": agent.images_decoded,
@@ -232,12 +337,27 @@ class StopOnInterrupt(AgentCallback):
 # Results -------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives another path to write to, which then takes the place of ``path``: nobody ever reads half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}-{path.name}")  # processes that write the same file do not meet
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole, or leave the old one."""
+    with replacing(path) as part:
+        part.write_text(text)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a file as a whole, or leave the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

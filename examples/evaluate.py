@@ -3,9 +3,11 @@
     python examples/evaluate.py                                              # the shipped base policy
     python examples/evaluate.py --policy runs/compare-quick/grpo/seed0/policy.safetensors
     python examples/evaluate.py --policy runs/train/agent.zip --prompts 1024 --temperature 0.8
+    python examples/evaluate.py --clip openai/clip-vit-base-patch32          # with CLIPScore, the paper's third metric
     python examples/evaluate.py --gates                                      # do the shipped weights meet their gates?
 
-In --out: evaluation.json with every prompt's numbers, and samples.png.
+A second table tells the results apart by the number of words that a prompt asks for. In --out: evaluation.json with
+every prompt's numbers, and samples.png.
 
 --gates prints two gates and exits with status 1 when one is missed:
   1. tokenizer: of the words of held-out scenes that OCR reads in the original pictures, the share that it also reads
@@ -19,8 +21,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +44,9 @@ from report import METRICS, measure, save_strip, with_interval
 from tqdm import tqdm
 
 from agents import Decoding, evaluate, held_out_scenes
+from agents.evaluation import bootstrap_interval
 from agents.policies.base import Policy
+from rewards import CLIPScore
 from rewards.text_metrics import normalize
 from var_env import Scene, VARTextVectorEnv
 from var_env.scenes import SPLITS, render
@@ -50,6 +55,10 @@ TOKENIZER_GATE = 0.97
 ACCURACY_GATE = (0.35, 0.70)
 NOTHING_GATE = 0.10
 BATCH = 64
+ALL_METRICS = METRICS | {"clip": "CLIPScore"}
+BY_WORDS = ("reward", "word_accuracy", "ned", "clip")
+INTERVAL_FROM = 10  # prompts; a bootstrap over fewer makes intervals too narrow
+NO_CLIP = "CLIPScore is left out: for it, add --clip openai/clip-vit-base-patch32, or a folder that holds a CLIP model"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,6 +69,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and of the sampler (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--clip",
+        metavar="NAME_OR_PATH",
+        help="also measure CLIPScore with this CLIP model, from the Hugging Face hub or a folder (default: left out)",
+    )
     add_regions_option(parser)
     add_decoding_options(parser)
     args = parser.parse_args(argv)
@@ -109,6 +123,30 @@ def check_gates(policy: Policy, env: VARTextVectorEnv, scenes: list[Scene], seed
     return all(met for *_, met in gates)
 
 
+def measure_by_words(scenes: Sequence[Scene], prompts: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """For each number of target words: how many ``prompts`` have it, and mean and interval of their ``metrics``."""
+    counts = np.array([len(scene.words) for scene in scenes])
+    scores = {metric: np.array(prompts[metric]) for metric in ALL_METRICS if metric in prompts}
+    return {
+        count: {
+            "prompts": int((counts == count).sum()),
+            "metrics": {metric: bootstrap_interval(values[counts == count]) for metric, values in scores.items()},
+        }
+        for count in np.unique(counts).tolist()
+    }
+
+
+def table_by_words(by_words: Mapping[int, Mapping[str, Any]]) -> str:
+    """One line for each number of target words."""
+    shown = [metric for metric in BY_WORDS if all(metric in line["metrics"] for line in by_words.values())]
+    rows = []
+    for count, line in by_words.items():
+        values = [line["metrics"][metric] for metric in shown]
+        cells = [with_interval(v) if line["prompts"] >= INTERVAL_FROM else f"{v[0]:.3f}" for v in values]
+        rows.append([str(count), str(line["prompts"]), *cells])
+    return table(["Words", "Prompts", *(ALL_METRICS[metric] for metric in shown)], rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with clear_errors():
@@ -116,16 +154,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         env = make_env(policy, regions=args.regions)
         scenes = held_out_scenes(env.world, args.prompts, args.seed, args.split)
         decoding = decoding_from(args, Decoding())
+        clip = CLIPScore(args.clip, args.device) if args.clip and not args.gates else None
+        if clip:
+            clip.load()  # before the pictures are drawn, should it be missing
     if args.gates:
         return int(not check_gates(policy, env, scenes, args.seed))
     evaluation = evaluate(policy, env, scenes, decoding, args.seed, BATCH)
     measured = measure(evaluation)
+    if clip:
+        scores = clip(evaluation.images, scenes).scores
+        measured["prompts"]["clip"] = [round(float(score), 6) for score in scores]
+        measured["metrics"]["clip"] = bootstrap_interval(scores)
+    measured["by_words"] = measure_by_words(scenes, measured["prompts"])
     settings = {name: str(value) for name, value in vars(args).items()}
     write_json(args.out / "evaluation.json", {"settings": settings, **measured})
     save_strip(args.out / "samples.png", evaluation)
-    rows = [[title, with_interval(measured["metrics"][metric])] for metric, title in METRICS.items()]
+    rows = [[ALL_METRICS[metric], with_interval(value)] for metric, value in measured["metrics"].items()]
     print(table([f"{args.policy or 'base'}, {len(scenes)} {args.split} prompts", "Mean [95 % interval]"], rows))
-    print(f"\n{args.out}: evaluation.json, samples.png")
+    print(f"\n{table_by_words(measured['by_words'])}\n")
+    if not clip:
+        print(NO_CLIP)
+    print(f"{args.out}: evaluation.json, samples.png")
     return 0
 
 

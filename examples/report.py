@@ -1,24 +1,27 @@
-"""What a comparison writes: intervals and tables, learning curves, pictures before and after.
+"""What compare.py and ablate.py write: intervals and tables, learning curves, pictures before and after.
 
 A *result* is a dict, as it stands in ``result.json``: ``agent``, ``seed`` (``None`` for the base policy), ``config``,
-``finished``, ``budget`` (images, tokens, updates, seconds), ``metrics`` (mean and interval of each metric) and
-``prompts``, lists in the order of the held-out prompts: the prompt, what was read, and every metric.
+``finished``, ``budget`` (images, tokens, updates, seconds), ``diagnostics`` of the policy, such as its temperatures,
+``metrics`` (mean and interval of each metric) and ``prompts``, lists in the order of the held-out prompts: the prompt,
+what was read, and every metric.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from common import table, write_json
+from common import replacing, table, write_json, write_text
 from PIL import Image, ImageDraw, ImageFont
 
 from agents.evaluation import Evaluation, bootstrap_interval
 from agents.pictures import caption, sample_sheet
+from var_env import ScaleSchedule
+from var_env.scenes import quoted_words
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend that needs no window
@@ -30,6 +33,7 @@ AXES = {
     "updates": "updates",
     "seconds": "seconds of sampling, scoring and updating",
 }
+SOURCES = {"rollout": "training samples", "eval": "held-out prompts"}
 SHOWN = 8  # prompts in a picture strip, the first ones
 LABEL = 22  # px, the height of a strip's title
 
@@ -64,8 +68,7 @@ def summarise(base: Result, runs: Sequence[Result]) -> dict[str, dict[str, dict[
 
     Each is (mean, low, high) with a 95 % bootstrap interval over the prompts.
     """
-    agents = dict.fromkeys(run["agent"] for run in runs)
-    of_agent = {agent: [run for run in runs if run["agent"] == agent] for agent in agents}
+    of_agent = by_agent(runs)
     return {
         agent: {
             metric: {
@@ -74,8 +77,14 @@ def summarise(base: Result, runs: Sequence[Result]) -> dict[str, dict[str, dict[
             }
             for metric in METRICS
         }
-        for agent in agents
+        for agent in of_agent
     }
+
+
+def by_agent(runs: Sequence[Result]) -> dict[str, list[Result]]:
+    """The runs of each agent, in the order of their first ones."""
+    agents = dict.fromkeys(run["agent"] for run in runs)
+    return {agent: [run for run in runs if run["agent"] == agent] for agent in agents}
 
 
 def with_interval(value: Sequence[float], sign: str = "") -> str:
@@ -85,15 +94,48 @@ def with_interval(value: Sequence[float], sign: str = "") -> str:
 
 
 def comparison_table(base: Result, runs: Sequence[Result]) -> str:
-    """One line a metric and policy, grouped by metric."""
-    summary = summarise(base, runs)
+    """One line a metric and policy, grouped by metric; the agents are also compared with the first of them."""
+    summary, of_agent = summarise(base, runs), by_agent(runs)
+    first = next(iter(of_agent), "")
+    headers = [
+        "Metric",
+        "Policy",
+        "Mean [95 % interval]",
+        "Difference to base, paired",
+        f"Difference to {first}, paired",
+    ]
     rows = []
     for metric, title in METRICS.items():
-        rows.append([title, "base", with_interval(base["metrics"][metric]), ""])
+        rows.append([title, "base", with_interval(base["metrics"][metric]), "", ""])
         for agent, of in summary.items():
-            difference = with_interval(of[metric]["difference"], "+")
-            rows.append(["", agent, with_interval(of[metric]["mean"]), difference])
-    return table(["Metric", "Policy", "Mean [95 % interval]", "Difference to base, paired"], rows)
+            difference = bootstrap_interval(pooled(of_agent[agent], metric) - pooled(of_agent[first], metric))
+            scores = [with_interval(of[metric]["mean"]), with_interval(of[metric]["difference"], "+")]
+            rows.append(["", agent, *scores, "" if agent == first else with_interval(difference, "+")])
+    several = len(of_agent) > 1
+    return table(headers if several else headers[:-1], rows if several else [row[:-1] for row in rows])
+
+
+def words_table(base: Result, runs: Sequence[Result], metric: str = "word_accuracy") -> str:
+    """One line a policy, a column for the prompts of each number of words."""
+    counts = [len(quoted_words(prompt)) for prompt in base["prompts"]["prompt"]]  # N
+    columns = {f"Words: {n} (prompts: {counts.count(n)})": np.array(counts) == n for n in sorted({*counts})}
+    rows = []
+    for policy, of_policy in {"base": [base], **by_agent(runs)}.items():
+        scores = pooled(of_policy, metric)
+        rows.append([policy, *(with_interval(bootstrap_interval(scores[chosen])) for chosen in columns.values())])
+    return table(["Policy", *columns], rows)
+
+
+def temperature_table(base: Result, runs: Sequence[Result]) -> str:
+    """One line a policy, a column for the learned temperature of each grid, the mean over seeds; or nothing."""
+    prefix, found = "temperature_", base.get("diagnostics", {})
+    names = [name for name in found if name.startswith(prefix)]
+    rows = []
+    for policy, of_policy in {"base": [base], **by_agent(runs)}.items():
+        known = [run["diagnostics"] for run in of_policy if "diagnostics" in run]
+        rows.append([policy, *(f"{np.mean([run[name] for run in known]):.3f}" for name in names if known)])
+    rows = [row for row in rows if len(row) > 1]
+    return table(["Policy", *(name.split("_")[-1] for name in names)], rows) if rows else ""
 
 
 def run_table(runs: Sequence[Result]) -> str:
@@ -111,9 +153,11 @@ def run_table(runs: Sequence[Result]) -> str:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def write_report(out: Path, settings: dict[str, Any], base: Result, runs: Sequence[Result]) -> str:
+def write_report(
+    out: Path, settings: dict[str, Any], base: Result, runs: Sequence[Result], axis: str = "images"
+) -> str:
     """Write ``results.json``, ``results.md``, ``before_after.png`` and ``curves.png``; returns the table."""
-    headline = comparison_table(base, runs)
+    headline, temperatures = comparison_table(base, runs), temperature_table(base, runs)
     content = {"settings": settings, "summary": summarise(base, runs), "base": base, "runs": list(runs)}
     write_json(out / "results.json", content)
     text = [
@@ -121,18 +165,31 @@ def write_report(out: Path, settings: dict[str, Any], base: Result, runs: Sequen
         f"{len(base['prompts']['reward'])} held-out prompts, one picture each, the same noise for every policy. "
         "Intervals: 95 %, bootstrap over prompts; an agent's seeds are averaged prompt by prompt.",
         headline,
-        *(["## Runs", run_table(runs)] if runs else []),
-        "## Settings",
-        "\n".join(f"- {name}: {value}" for name, value in settings.items()),
+        "## Word Accuracy by the number of words",
+        words_table(base, runs),
     ]
-    (out / "results.md").write_text("\n\n".join(text) + "\n")
+    if temperatures:
+        text += [
+            "## Learned temperatures",
+            "The policy has one learned temperature for each grid, 1 before training. Below 1 it is more certain than "
+            "the base policy, which raises the scores by itself; read a gain beside them.",
+            temperatures,
+        ]
+    text += ["## Runs", run_table(runs)] if runs else []
+    text += ["## Settings", setting_list(settings)]
+    write_text(out / "results.md", "\n\n".join(text) + "\n")
     first = {run["agent"]: run for run in reversed(runs)}  # each agent's first seed
     strips = {"base policy": out / "base" / "samples.png"}
     for agent, run in reversed(first.items()):
         strips[f"{agent}, after {run['budget']['images']} images"] = run_folder(out, agent, run["seed"]) / "samples.png"
-    stack(strips).save(out / "before_after.png")
-    draw_curves(out, runs)
+    with replacing(out / "before_after.png") as part:
+        stack(strips).save(part)
+    draw_curves(out / "curves.png", out, runs, [("rollout", axis), ("eval", axis)])
     return headline
+
+
+def setting_list(settings: Mapping[str, Any]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in settings.items())
 
 
 def run_folder(out: Path, agent: str, seed: int | None) -> Path:
@@ -144,8 +201,8 @@ def save_strip(path: Path, evaluation: Evaluation) -> None:
     """The pictures of the first prompts in a row, with what was asked for, what was read, and the score."""
     shown = range(min(SHOWN, len(evaluation.scenes)))
     captions = [caption(evaluation.scenes[i].words, evaluation.words_read[i], evaluation.scores[i]) for i in shown]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sample_sheet(evaluation.images[: len(shown)], captions, len(shown))).save(path)
+    with replacing(path) as part:
+        Image.fromarray(sample_sheet(evaluation.images[: len(shown)], captions, len(shown))).save(part)
 
 
 def stack(strips: dict[str, Path]) -> Image.Image:
@@ -182,33 +239,52 @@ def running_mean(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.convolve(x, kernel, "valid"), np.convolve(y, kernel, "valid")
 
 
-def draw_curves(out: Path, runs: Sequence[Result], axis: str = "images") -> None:
-    """``curves.png``: a colour an agent, a thin line a seed, a thick one their mean, against one of `AXES`."""
-    figure, panels = plt.subplots(2, 2, figsize=(11, 7), sharex=True, squeeze=False)
-    agents = list(dict.fromkeys(run["agent"] for run in runs))
+def draw_curves(
+    path: Path,
+    out: Path,
+    runs: Sequence[Result],
+    columns: Sequence[tuple[str, str]],
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Reward and word accuracy, a row each; a colour an agent, a thin line a seed, a thick one their mean.
+
+    Args:
+        path: the picture.
+        out: where the runs are.
+        columns: what to show, one of `SOURCES`, against which of `AXES`.
+        names: of the agents in the legend.
+    """
+    figure, panels = plt.subplots(2, len(columns), figsize=(5.5 * len(columns), 7), sharex="col", squeeze=False)
+    agents = by_agent(runs)
+    many = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(agents)))  # in order, as values of one setting are
     for row, metric in enumerate(("reward", "word_accuracy")):
-        for column, (source, title) in enumerate((("rollout", "training samples"), ("eval", "held-out prompts"))):
+        for column, (source, axis) in enumerate(columns):
             panel = panels[row][column]
             x_name = f"eval/{axis}" if source == "eval" else f"budget/{axis}"
-            for agent in agents:
+            for i, (agent, of_agent) in enumerate(agents.items()):
                 curves = []
-                for run in [run for run in runs if run["agent"] == agent]:
-                    path = run_folder(out, agent, run["seed"]) / "progress.csv"
-                    x, y = read_curve(path, x_name, f"{source}/{metric}")
+                for run in of_agent:
+                    x, y = read_curve(
+                        run_folder(out, agent, run["seed"]) / "progress.csv", x_name, f"{source}/{metric}"
+                    )
                     curves.append(running_mean(x, y) if source == "rollout" else (x, y))
-                draw_agent(panel, curves, agent, f"C{agents.index(agent) % 10}")
-            panel.set_title(f"{METRICS[metric]}, {title}")
+                draw_agent(panel, curves, (names or {}).get(agent, agent), f"C{i}" if len(agents) <= 4 else many[i])
+            panel.set_title(f"{METRICS[metric]}, {SOURCES[source]}")
             panel.grid(alpha=0.3)
-    for panel in panels[-1]:
-        panel.set_xlabel(AXES[axis])
+            panels[-1][column].set_xlabel(AXES[axis])
     if agents:
         panels[0][0].legend()
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Any) -> None:
     figure.tight_layout()
-    figure.savefig(out / "curves.png", dpi=120)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)
 
 
-def draw_agent(panel: Any, curves: Sequence[tuple[np.ndarray, np.ndarray]], agent: str, colour: str) -> None:
+def draw_agent(panel: Any, curves: Sequence[tuple[np.ndarray, np.ndarray]], agent: str, colour: Any) -> None:
     """One agent's seeds and their mean, as far as all of them go."""
     curves = [curve for curve in curves if len(curve[0])]
     if not curves:
@@ -218,3 +294,16 @@ def draw_agent(panel: Any, curves: Sequence[tuple[np.ndarray, np.ndarray]], agen
     length = min(len(x) for x, _ in curves)
     x, y = (np.mean([curve[i][:length] for curve in curves], axis=0) for i in (0, 1))
     panel.plot(x, y, color=colour, linewidth=2, label=agent)
+
+
+def draw_tokens(path: Path, schedules: Mapping[str, ScaleSchedule]) -> None:
+    """The tokens of each step, a panel a schedule (the paper's Figure 1)."""
+    figure, panels = plt.subplots(1, len(schedules), figsize=(5.5 * len(schedules), 3.5), squeeze=False)
+    for panel, (name, schedule) in zip(panels[0], schedules.items(), strict=True):
+        steps = range(1, len(schedule) + 1)
+        panel.bar(steps, schedule.sizes)
+        panel.set_xticks(steps, [f"{h}x{w}" for h, w in schedule.grids], rotation=90)
+        panel.set_title(f"{name}: {schedule.total_tokens} tokens in {len(schedule)} steps")
+        panel.set_xlabel("grid")
+    panels[0][0].set_ylabel("tokens of the step")
+    save_figure(path, figure)

@@ -1,13 +1,18 @@
-"""Look for the regime in which GRPO learns, on validation words: short runs over a grid, and the gradient's signal.
+"""Look for the regime in which GRPO learns, on validation words: short runs over a grid, and what there is to learn.
 
     python examples/sweep.py --learning-rate 2e-5 5e-5 --kl-coef 0.02 --updates 40
     python examples/sweep.py --group-size 4 8 16 --json runs/sweep.json
     python examples/sweep.py --signal 8
+    python examples/sweep.py --prefix-share 64
 
 Options that take several values span a grid. Every row starts from the same base policy, prompts and noise; read the
 differences with the standard error that is printed. ``--signal N`` trains nothing: it draws N independent batches and
 prints the mean cosine between their gradients. Near zero means that an update is mostly noise, and that a small
 learning rate, a KL term that pulls back, or more pictures have to carry the learning.
+
+``--prefix-share N`` trains nothing either: for every split m it draws 4 prefixes for each of N prompts and 4 suffixes
+for each prefix, and prints how much of the reward's variance within a prompt the prefix decides. That is what VMR's
+prefix updates can learn, next to the share of the tokens that they have to learn it with.
 """
 
 from __future__ import annotations
@@ -21,13 +26,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import add_model_options, clear_errors, load_policy, make_env, make_parser, table, write_json
-from compare import copy_of
+from common import add_model_options, clear_errors, copy_of, load_policy, make_env, make_parser, table, write_json
 from stable_baselines3.common.logger import Logger
+from torch import Tensor
 from tqdm import trange
 
 from agents import GRPO, Decoding, evaluate, held_out_scenes
 from agents.losses import group_advantages
+from agents.rollout import collect
 
 GRID: dict[str, Any] = {
     "learning_rate": 5e-5,
@@ -78,12 +84,37 @@ def signal(args: Any, batches: int) -> tuple[float, float]:
     return cosines.mean().item(), cosines.std().item() / len(cosines) ** 0.5
 
 
+def variance_components(rewards: Tensor) -> tuple[float, float]:
+    """The variance of ``(N prompts, prefixes, k suffixes)`` rewards between the prefixes of a prompt, and within them.
+
+    The means over k suffixes vary by the prefix and by ``within / k``, which is taken off (one-way analysis of variance
+    with random effects); what is left may come out below 0 where the prefix decides nothing.
+    """
+    within = rewards.var(2).mean().item()
+    return rewards.mean(2).var(1).mean().item() - within / rewards.shape[2], within
+
+
+def prefix_shares(args: Any, prompts: int) -> list[list[str]]:
+    """A row for each m: the tokens of the prefix, and the variances of the reward between and within prefixes."""
+    env, schedule, rows = make_env(args.base, prompts), args.base.schedule, []
+    decoding, generator = Decoding(temperature=args.temperature[0]), torch.Generator(args.base.device).manual_seed(0)
+    for m in trange(1, len(schedule), desc="splits", leave=False):
+        rollout = collect(args.base, env, 4, decoding, generator, fork_at=(m, 4), seed=0)
+        between, within = variance_components(rollout.scores.double().unflatten(1, (4, 4)))
+        tokens, total = sum(schedule.sizes[:m]), between + within
+        share = f"{between / total:.1%}" if total else "no variance"
+        rows.append([f"{m}", f"{tokens}", f"{tokens / schedule.total_tokens:.1%}", f"{between:.4f}", f"{within:.4f}"])
+        rows[-1].append(share)
+    return rows
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_model_options(parser)
     parser.add_argument("--updates", type=int, default=40, help="0 evaluates the base policy (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=192, help="validation prompts (default: %(default)s)")
     parser.add_argument("--signal", type=int, metavar="N", help="compare N gradients, at least 3, and train nothing")
+    parser.add_argument("--prefix-share", type=int, metavar="N", help="N prompts, at least 2, and train nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, too")
     for name, default in GRID.items():
         flag = f"--{name.replace('_', '-')}"
@@ -91,6 +122,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.updates < 0 or args.prompts < 2 or (args.signal is not None and args.signal < 3):
         parser.error("--updates must be at least 0, --prompts at least 2 and --signal at least 3")
+    if args.prefix_share is not None and args.prefix_share < 2:
+        parser.error("--prefix-share must be at least 2 prompts")
     args.grid = {name: getattr(args, name) for name in GRID}
     return args
 
@@ -102,6 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.signal:
             mean, error = signal(args, args.signal)
             print(f"mean cosine between {args.signal} gradients: {mean:.4f} +- {error:.4f}")
+            return 0
+        if args.prefix_share:
+            headers = ["m", "Tokens", "Of all", "Variance by prefix", "By suffix", "Decided by prefix"]
+            print(table(headers, prefix_shares(args, args.prefix_share)))
             return 0
         rows = []
         for values in itertools.product(*args.grid.values()):

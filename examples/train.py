@@ -2,8 +2,11 @@
 
     python examples/train.py --images 6400 --out runs/first
     python examples/train.py --images 12800 --out runs/first --resume      # goes on to 12800 images in all
+    python examples/train.py --agent vmr+panw+mp --split 3 --alpha 0.8 --out runs/wrapped
     python examples/train.py --support sampler --top-k 20 --guidance 2 --out runs/truncated
     tensorboard --logdir runs
+
+An agent is an algorithm, grpo or vmr, and wrappers around it, panw and mp, from the inside out, joined by "+".
 
 In --out: TensorBoard events, agent.zip (all that --resume needs, also written every --save-every updates) and
 policy.safetensors. ``python examples/evaluate.py --policy runs/first/policy.safetensors`` measures the result.
@@ -22,26 +25,30 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    AGENTS,
     INTERRUPTED,
+    METHOD,
     CurveEval,
     ImageBar,
     Interrupt,
     StopOnInterrupt,
     add_decoding_options,
+    add_method_options,
     add_model_options,
     add_regions_option,
     clear_errors,
     decoding_from,
     load_policy,
+    make_agent,
     make_env,
     make_parser,
+    method_from,
+    method_of,
     require_at_least_one,
 )
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
-from agents import GRPO, Agent, Decoding, StopAfter
+from agents import GRPO, Agent, Decoding, StopAfter, Wrapper, load
 from agents.callbacks import AgentCallback
 from agents.losses import KL_KINDS, RATIO_LEVELS
 
@@ -67,12 +74,12 @@ CHOICES: dict[str, tuple[Sequence[str], str]] = {
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--agent", choices=list(AGENTS), default="grpo", help="(default: %(default)s)")
+    parser.add_argument("--agent", default="grpo", help="such as vmr+panw+mp (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/train"), help="(default: %(default)s)")
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from agent.zip in --out, with its settings and those given again; without --policy and --seed",
+        help="go on from agent.zip in --out, with its agent, policy and seed, and its settings but those given again",
     )
     parser.add_argument("--images", type=int, default=6400, help="budget in reward calls (default: %(default)s)")
     parser.add_argument("--save-every", type=int, default=20, metavar="UPDATES", help="(default: %(default)s)")
@@ -91,6 +98,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     for name, (choices, text) in CHOICES.items():
         group.add_argument(option_of(name), choices=choices, help=f"{text} (default: {defaults[name].default})")
+    add_method_options(parser)
     args = parser.parse_args(argv)
     with clear_errors():
         require_at_least_one(**{n: getattr(args, n) for n in ("images", "save_every", "eval_every", "eval_prompts")})
@@ -113,31 +121,36 @@ class SaveEvery(AgentCallback):
             self.model.save(self.path)
 
 
-def make_agent(args: argparse.Namespace, path: Path) -> Agent:
+def agent_from(args: argparse.Namespace, path: Path) -> GRPO | Wrapper:
     """A new agent, or the one in ``path`` with the settings that were given again."""
-    kind = AGENTS[args.agent]
     settings: dict[str, Any] = {name: getattr(args, name) for name in [*SETTINGS, *CHOICES]}
     settings = {name: value for name, value in settings.items() if value is not None}
+    method = method_from(args)
     if args.resume:
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path} to go on from: leave out --resume")
-        agent = kind.load(path, device=args.device, **settings)
+        agent: GRPO | Wrapper = load(path, device=args.device, **settings, **method)
         agent.set_env(make_env(agent.policy, agent.prompts_per_update, regions=args.regions))
-        agent.decoding = decoding_from(args, agent.decoding)
+        agent.unwrapped.decoding = decoding_from(args, agent.decoding)
         return agent
     if path.exists():
         raise ValueError(f"{path} exists: go on from it with --resume, or choose another --out")
+    unused = sorted(method.keys() - method_of(args.agent, METHOD).keys())
+    if unused:
+        raise ValueError(
+            f"{option_of(unused[0])} does nothing for {args.agent}: choose another --agent, or leave it out"
+        )
     policy = load_policy(args)
     env = make_env(policy, regions=args.regions)
-    decoding = decoding_from(args, Decoding())
-    return kind(policy, env, decoding=decoding, seed=args.seed, device=policy.device, **settings)
+    common = {"decoding": decoding_from(args, Decoding()), "seed": args.seed, "device": policy.device}
+    return make_agent(args.agent, policy, env, METHOD | method, **common, **settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     path = args.out / "agent.zip"
     with clear_errors():
-        agent = make_agent(args, path)
+        agent = agent_from(args, path)
         evaluation = CurveEval(args.eval_every, args.eval_prompts)
     if agent.images_decoded >= args.images:
         print(f"{path} has seen {agent.images_decoded} images: give a larger --images to go on")
@@ -149,9 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluation,
             StopAfter(images=args.images),
             StopOnInterrupt(interrupt),
-            ImageBar(args.images, args.agent),
+            ImageBar(args.images, agent.name),
         ]
-        steps = (args.images - agent.images_decoded) * len(agent.policy.schedule)
+        steps = agent.timesteps(args.images - agent.images_decoded)
         try:
             agent.learn(steps, callbacks, reset_num_timesteps=not args.resume)
         except RuntimeError as error:  # such as a reward or a loss that is no finite number

@@ -24,8 +24,9 @@ def test_numbers(weights, tmp_path):
         "OCR, times faster than the defaults",
         "OCR, words read right",
         "cached sampling, times faster",
+        "VMR prefix iteration, against its token counts",
     }
-    assert printed.count("PASS") + printed.count("FAIL") == 5
+    assert printed.count("PASS") + printed.count("FAIL") == 6
     assert written["machine"]["images"] == 4 and written["machine"]["device"] == "cpu"
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_policy
+from tiny import tiny_agent, tiny_policy
 
-from agents import GRPO
+from agents import GRPO, load
 from rewards import OCRReward, RewardOutput
 from var_env import ScaleSchedule, Tokenizer
 
@@ -67,7 +67,14 @@ def refused(main, *options):
     return str(error.value)
 
 
-@pytest.mark.parametrize("script", ["compare", "train", "evaluate", "play", "bench", "sweep"])
+def rows_of(text, heading):
+    """The cells of the first Markdown table below a heading, its headers first."""
+    block = text.split(heading + "\n", 1)[1].split("|\n\n", 1)[0]
+    lines = [line for line in block.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+
+@pytest.mark.parametrize("script", ["ablate", "compare", "train", "evaluate", "play", "bench", "sweep"])
 def test_help_shows_an_example_and_defaults(script, module, capsys):
     with pytest.raises(SystemExit) as end:
         module(script).parse(["--help"])
@@ -85,28 +92,63 @@ def test_a_foreign_package_agents_is_named(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: the package `agents` that Python finds is")
 
 
+class TestRecipes:
+    @pytest.mark.parametrize(
+        ("recipe", "chain"),
+        [
+            ("grpo", "GRPO()"),
+            ("grpo+panw", "PANW(GRPO(), alpha=0.7)"),
+            (
+                "vmr+mp",
+                "MaskPropagation(VMR(split=2, suffix_samples=2, eta=1.0), boxes='read', soft=False, dilation=0)",
+            ),
+        ],
+    )
+    def test_a_chain(self, recipe, chain, parts, module):
+        common = module("common")
+        policy = tiny_policy(parts["tokenizer"])
+        agent = common.make_agent(recipe, policy, None, common.METHOD | {"alpha": 0.7}, group_size=3, device="cpu")
+        assert str(agent) == chain and agent.group_size == 3
+
+    def test_every_setting_has_a_help_text(self, module):
+        common = module("common")
+        assert common.METHOD.keys() == common.METHOD_HELP.keys()
+        assert {name for recipe in common.AGENTS for name in common.method_of(recipe, common.METHOD)} == {
+            *common.METHOD
+        }
+
+
+RECIPES = ("grpo", "vmr+panw+mp")
+
+
 @pytest.fixture(scope="module")
 def compared(weights, tmp_path_factory):
     """A small comparison: its folder and what was printed."""
     out = tmp_path_factory.mktemp("runs") / "small"
-    return out, run("compare", *weights, *COMPARE, "--seeds", 0, 1, "--out", out)
+    return out, run("compare", *weights, *COMPARE, "--agents", *RECIPES, "--seeds", 0, 1, "--out", out)
 
 
 class TestCompare:
+    def test_the_default_is_the_method_step_by_step(self, module):
+        args = module("compare").parse([])
+        assert args.agents == ["grpo", "vmr", "vmr+panw", "vmr+panw+mp"]
+        assert (args.method["split"], args.method["suffix_samples"], args.method["alpha"]) == ("m_32", 2, 0.6)
+
     def test_results(self, compared):
         out, printed = compared
         results = json.loads((out / "results.json").read_text())
         assert [(r["agent"], r["seed"], r["finished"]) for r in results["runs"]] == [
-            ("grpo", 0, True),
-            ("grpo", 1, True),
+            (agent, seed, True) for agent in RECIPES for seed in (0, 1)
         ]
-        assert all(
-            r["budget"] | {"seconds": 0} == {"images": 16, "tokens": 336, "updates": 4, "seconds": 0}
-            for r in results["runs"]
-        )
+        spent = {"grpo": {"tokens": 336, "updates": 4}, "vmr+panw+mp": {"tokens": 296, "updates": 2}}
+        for r in results["runs"]:  # 16 pictures: of 21 tokens; two prefix updates of 4 rows, 5 tokens and 2 x 16 each
+            assert r["budget"] | {"seconds": 0} == {"images": 16, "seconds": 0} | spent[r["agent"]]
+            assert list(r["diagnostics"]) == ["temperature_1_1x1", "temperature_2_2x2", "temperature_3_4x4"]
+            assert ("alpha" in r["config"]) == ("split" in r["config"]) == (r["agent"] != "grpo")
         assert len(results["base"]["prompts"]["prompt"]) == 5
+        of_grpo = [r for r in results["runs"] if r["agent"] == "grpo"]
         for metric in ("reward", "word_accuracy", "ned", "nothing_read"):
-            scores = [np.array(r["prompts"][metric]) for r in (results["base"], *results["runs"])]
+            scores = [np.array(r["prompts"][metric]) for r in (results["base"], *of_grpo)]
             assert all(len(values) == 5 for values in scores)
             summary = results["summary"]["grpo"][metric]
             mean, low, high = summary["difference"]
@@ -114,48 +156,102 @@ class TestCompare:
             assert low <= mean <= high
         assert results["settings"]["versions"]["torch"] == torch.__version__
         table = [line for line in printed.splitlines() if line.startswith("|")]
-        assert len(table) == 2 + 4 * 2
+        assert len(table) == 2 + 4 * 3
         assert "\n".join(table) in (out / "results.md").read_text()
 
+    def test_temperatures_and_numbers_of_words(self, compared):
+        results = json.loads((compared[0] / "results.json").read_text())
+        text = (compared[0] / "results.md").read_text()
+        temperatures = rows_of(text, "## Learned temperatures")
+        assert temperatures[0] == ["Policy", "1x1", "2x2", "4x4"]
+        assert [row[0] for row in temperatures[1:]] == ["base", *RECIPES]
+        of_grpo = [r["diagnostics"]["temperature_3_4x4"] for r in results["runs"] if r["agent"] == "grpo"]
+        assert temperatures[2][3] == f"{np.mean(of_grpo):.3f}" and temperatures[1][3] == "1.000"
+        headers, *words = rows_of(text, "## Word Accuracy by the number of words")
+        counts = [prompt.count('"') // 2 for prompt in results["base"]["prompts"]["prompt"]]
+        assert headers == ["Policy", *(f"Words: {n} (prompts: {counts.count(n)})" for n in sorted(set(counts)))]
+        assert [row[0] for row in words] == ["base", *RECIPES]
+
+    def test_accuracy_is_that_of_the_prompts_with_so_many_words(self, module):
+        prompts = {"prompt": ['"A"', '"B" "C"', '"D"'], "word_accuracy": [1.0, 0.5, 0.0]}
+        lines = module("report").words_table({"prompts": prompts}, []).splitlines()
+        assert "| 0.500 [0.000, 1.000] " in lines[2] and "| 0.500 [0.500, 0.500] " in lines[2]
+
     def test_tensorboard(self, compared):
-        for seed in (0, 1):
-            events = EventAccumulator(str(compared[0] / "grpo" / f"seed{seed}"), {"images": 0, "tensors": 0}).Reload()
+        for recipe, images in {"grpo": [4, 8, 12, 16], "vmr+panw+mp": [8, 16]}.items():
+            events = EventAccumulator(str(compared[0] / recipe / "seed1"), {"images": 0, "tensors": 0}).Reload()
             tags = events.Tags()
             scalars = {"rollout/reward", "rollout/word_accuracy", "train/loss", "eval/word_accuracy", "budget/images"}
-            assert scalars <= set(tags["scalars"])
-            assert [event.value for event in events.Scalars("budget/images")] == [4, 8, 12, 16]
-            assert [event.value for event in events.Scalars("eval/images")] == [0, 8, 16]
-            assert "samples/images" in tags["images"] and "samples/read/text_summary" in tags["tensors"]
+            assert scalars | {"conflict/kl_grad_norm_3_4x4", "policy/temperature_1_1x1"} <= set(tags["scalars"])
+            assert [event.value for event in events.Scalars("budget/images")] == images
+            assert [event.value for event in events.Scalars("eval/images")] == [0, *images[1::2]]
+            assert {"samples/images", "conflict/cosine"} <= set(tags["images"])
+            assert "samples/read/text_summary" in tags["tensors"]
 
     def test_pictures(self, compared):
         sheet = Image.open(compared[0] / "before_after.png")
-        strips = [Image.open(compared[0] / name / "samples.png") for name in ("base", "grpo/seed0")]
-        assert sheet.width == strips[0].width and sheet.height > strips[0].height + strips[1].height
+        strips = [
+            Image.open(compared[0] / name / "samples.png") for name in ("base", "grpo/seed0", "vmr+panw+mp/seed0")
+        ]
+        assert sheet.width == strips[0].width and sheet.height > sum(strip.height for strip in strips)
         curves = np.asarray(Image.open(compared[0] / "curves.png").convert("RGB"), int)
-        blue = np.abs(curves - (31, 119, 180)).sum(-1) < 30  # the first agent's lines
-        assert blue.sum() > 500
+        for colour in ((31, 119, 180), (255, 127, 14)):  # the lines of the first agents
+            assert (np.abs(curves - colour).sum(-1) < 30).sum() > 400
 
     def test_a_rerun_trains_what_is_missing_and_gets_the_same(self, compared, weights, module, capsys):
         out, printed = compared
-        lost, kept = out / "grpo" / "seed1" / "result.json", out / "grpo" / "seed0" / "result.json"
-        before, written = json.loads(lost.read_text()), kept.stat().st_mtime_ns
-        lost.unlink()
-        options = [*weights, *COMPARE, "--seeds", "0", "1", "--out", str(out)]
+        folders = [out / agent / f"seed{seed}" for agent in RECIPES for seed in (0, 1)]
+        files = [folder / "result.json" for folder in folders]
+        lost = {file: json.loads(file.read_text()) for file in (files[1], files[2])}
+        kept = {file: file.stat().st_mtime_ns for file in (files[0], files[3])}
+        for file in lost:
+            file.unlink()
+        options = [*weights, *COMPARE, "--agents", *RECIPES, "--seeds", "0", "1", "--out", str(out)]
         assert module("compare").main(options) == 0
         told = capsys.readouterr()
         assert "grpo, seed 0: finished earlier" in told.err and "base: evaluating" not in told.err
-        assert told.out == printed and kept.stat().st_mtime_ns == written
-        again = json.loads(lost.read_text())
-        assert again["prompts"] == before["prompts"] and again["metrics"] == before["metrics"]
-        assert len(list(lost.parent.glob("events*"))) == 1
+        assert told.out == printed and all(file.stat().st_mtime_ns == written for file, written in kept.items())
+        for file, before in lost.items():
+            again = json.loads(file.read_text())
+            assert {name: again[name] for name in ("prompts", "metrics", "diagnostics")} == {
+                name: before[name] for name in ("prompts", "metrics", "diagnostics")
+            }
+            assert len(list(file.parent.glob("events*"))) == 1
+        assert not list(out.rglob(".*"))  # no half-written file
+
+    def test_another_x_axis(self, compared, weights, module):
+        before = (compared[0] / "curves.png").read_bytes()
+        options = [*weights, *COMPARE, "--agents", *RECIPES, "--seeds", "0", "1", "--out", str(compared[0])]
+        assert module("compare").main([*options, "--x-axis", "tokens"]) == 0
+        assert (compared[0] / "curves.png").read_bytes() != before
 
     def test_other_settings_need_another_folder(self, compared, weights, module):
-        options = [*weights, *COMPARE, "--learning-rate", "3e-5", "--out", compared[0]]
-        message = refused(module("compare").main, *options)
+        options = [*weights, *COMPARE, "--agents", *RECIPES, "--out", compared[0]]
+        message = refused(module("compare").main, *options, "--learning-rate", "3e-5")
         assert "learning_rate=5e-05, and now it is 3e-05" in message and "--out" in message
+        assert "alpha=0.6, and now it is 0.8" in refused(module("compare").main, *options, "--alpha", "0.8")
+
+    def test_settings_that_an_agent_does_not_use_are_not_compared(self, compared, weights, module, capsys):
+        options = [*weights, *COMPARE, "--agents", "grpo", "--alpha", "0.8", "--split", "1", "--out", compared[0]]
+        assert module("compare").main([str(option) for option in options]) == 0
+        assert "grpo, seed 0: finished earlier" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--agents", "ppo"], "unknown agent 'ppo': give grpo or vmr, followed by +panw, +mp or several"),
+            (["--agents", "grpo", "vmr+vmr"], "unknown agent 'vmr+vmr'"),
+            (["--split", "9"], "split must be the number of prefix grids, 1 to 3"),
+            (["--agents", "vmr+panw", "--alpha", "-1"], "alpha must be a finite number of at least 0, got -1.0"),
+            (["--suffix-samples", "0"], "suffix_samples must be a whole number of at least 1, got 0"),
+        ],
+    )
+    def test_wrong_agents(self, options, message, weights, module, tmp_path):
+        assert message in refused(module("compare").main, *weights, *COMPARE, *options, "--out", tmp_path)
 
     def test_a_cap_on_the_time(self, weights, module, tmp_path, capsys):
-        options = [*weights, *COMPARE, "--images", "4000", "--seconds", "0.01", "--out", str(tmp_path)]
+        options = [*weights, *COMPARE, "--agents", "grpo", "--images", "4000", "--seconds", "0.01"]
+        options += ["--out", str(tmp_path)]
         assert module("compare").main(options) == 0
         run = json.loads((tmp_path / "results.json").read_text())["runs"][0]
         assert run["finished"] and run["budget"]["images"] < 100
@@ -164,7 +260,7 @@ class TestCompare:
     def test_a_run_that_fails_is_left_out(self, weights, module, tmp_path, monkeypatch, capsys):
         compare = module("compare")
         monkeypatch.setattr(GRPO, "update", lambda *_: (_ for _ in ()).throw(RuntimeError("the loss is nan")))
-        assert compare.main([*weights, *COMPARE, "--out", str(tmp_path)]) == 1
+        assert compare.main([*weights, *COMPARE, "--agents", "grpo", "--out", str(tmp_path)]) == 1
         assert "grpo, seed 0 failed and is left out: the loss is nan" in capsys.readouterr().err
         assert json.loads((tmp_path / "results.json").read_text())["runs"] == []
 
@@ -234,11 +330,30 @@ class TestTrain:
         options = ["--device", "cpu", "--eval-prompts", "2", "--out", trained]
         assert "go on from it with --resume" in refused(module("train").main, *options)
         assert "leave out --resume" in refused(module("train").main, "--resume", "--out", trained / "nowhere")
+        assert "unknown setting 'alpha'" in refused(module("train").main, *options, "--resume", "--alpha", 0.5)
         more = [*map(str, options), "--resume", "--images", "24", "--learning-rate", "3e-5"]
         assert module("train").main(more) == 0
         agent = GRPO.load(trained / "agent.zip", device="cpu")
         assert (agent.images_decoded, agent.learning_rate, agent.clip_range, agent.decoding.top_k) == (24, 3e-5, 0.3, 8)
         assert module("train").main(more) == 0  # nothing left to do
+
+    def test_a_wrapped_agent(self, weights, module, tmp_path, capsys):
+        options = [*weights, *TINY, "--eval-prompts", 2, "--out", tmp_path]
+        wrapped = ["--agent", "vmr+panw+mp", "--split", "m_32", "--alpha", 0.9, "--soft", "--prefix-updates", 1]
+        message = refused(module("train").main, *options, "--agent", "grpo+panw", "--eta", 2)
+        assert "--eta does nothing for grpo+panw" in message
+        assert module("train").main([str(option) for option in [*options, *wrapped]]) == 0
+        chain = "MaskPropagation(PANW(VMR(split=2, suffix_samples=2, eta=1.0), alpha={}), boxes='read', soft=True, "
+        agent = load(tmp_path / "agent.zip", device="cpu")
+        assert str(agent).startswith(chain.format(0.9)) and agent.prefix_updates == 1
+        assert (agent.images_decoded, agent.n_updates) == (20, 3)  # 8, 4 and 8
+        more = [*options[4:], "--resume", "--images", 24, "--alpha", 0.7, "--temperature", 0.9]
+        assert module("train").main([str(option) for option in more]) == 0
+        agent = load(tmp_path / "agent.zip", device="cpu")
+        assert str(agent).startswith(chain.format(0.7)) and agent.decoding.temperature == 0.9
+        assert (agent.images_decoded, agent.n_updates) == (24, 4)
+        assert module("play").main(["--policy", str(tmp_path / "agent.zip"), "--quiet"]) == 0
+        assert "split must be the number of prefix grids" in refused(module("train").main, *more, "--split", 9)
 
     def test_a_reward_that_is_not_finite(self, weights, module, tmp_path, monkeypatch):
         score, calls = OCRReward.score, []
@@ -326,6 +441,37 @@ class TestSweep:
         assert [row["learning_rate"] for row in rows] == [0.0, 1e-3] and printed.count("\n| ") == 3
         assert all(-0.61 < row["reward"] <= 2 for row in rows)
 
+    def test_prefix_share(self, weights, module, capsys):
+        assert module("sweep").main([*weights, *TINY[:4], "--prefix-share", "2"]) == 0
+        rows = rows_of("\n" + capsys.readouterr().out + "\n", "")
+        assert [row[:3] for row in rows[1:]] == [["1", "1", "4.8%"], ["2", "5", "23.8%"]]  # of 1 + 4 + 16 tokens
+        assert all(row[-1] == "no variance" for row in rows[1:])  # nothing can be read in random pictures
+
+    def test_variance_components(self, module):
+        rng = torch.Generator().manual_seed(0)
+        prompts, prefixes, suffixes = (
+            torch.randn(*shape, generator=rng, dtype=torch.float64)
+            for shape in ((2000, 1, 1), (2000, 4, 1), (2000, 4, 3))
+        )
+        between, within = module("sweep").variance_components(5 * prompts + 2 * prefixes + 3 * suffixes)
+        assert between == pytest.approx(4, rel=0.1) and within == pytest.approx(9, rel=0.1)
+
     def test_signal(self, weights, module, capsys):
         assert module("sweep").main([*weights, *TINY[:4], "--signal", "3"]) == 0
         assert "mean cosine between 3 gradients: " in capsys.readouterr().out
+
+
+class TestCustomAgent:
+    @pytest.mark.parametrize("agent", ["grpo", "vmr+panw"])
+    def test_is_trained_beside_what_it_wraps(self, weights, agent):
+        printed = run("custom_agent", *weights, "--agent", agent, "--images", 64, "--prompts", 2)
+        names = [row[0] for row in rows_of("\n" + printed + "\n", "")[1:]]
+        assert names[0] == "base policy" and names[2] == f"CoarseFirst({names[1]}, updates_per_scale=3)"
+
+    def test_grids_join_one_by_one(self, module, parts):
+        agent = module("custom_agent").CoarseFirst(tiny_agent(parts), updates_per_scale=2)
+        rollout, whole = agent.sample(), range(3)
+        for updates, tokens in ((0, 1), (1, 1), (2, 5), (3, 5), (4, 21)):
+            agent.unwrapped._n_updates = updates
+            weights = agent.token_weights(rollout, whole)
+            assert (weights.policy > 0).sum(1).tolist() == [tokens] * 8 and (weights.kl > 0).all()

@@ -50,7 +50,8 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``: the words that prompts are drawn from.
         regions: number of words a picture, as a mapping from a count to its probability; keys may be strings,
-            as JSON has them. The default is that of :class:`~var_env.scenes.World`.
+            as JSON has them. ``"target"`` is the paper's profile of two to five, for pictures of 128 pixels. The
+            default is that of :class:`~var_env.scenes.World`.
         size: height and width of the picture in pixels.
         reward: a name that ``rewards.make`` knows, or a ``rewards.base.Reward``.
         reward_kwargs: options of the named reward.

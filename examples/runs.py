@@ -1,0 +1,298 @@
+"""Runs on common ground, for compare.py and ablate.py: what all have in common, one run, and a plan of many.
+
+A run is a `Cell`: an agent, its settings and a seed. Its folder, OUT/LABEL/seedK, holds all that it writes, and when
+result.json there says that it is finished, it is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import report
+from common import (
+    INTERRUPTED,
+    METHOD,
+    CurveEval,
+    ImageBar,
+    Interrupt,
+    StopOnInterrupt,
+    add_method_options,
+    add_model_options,
+    budget,
+    clear_errors,
+    copy_of,
+    load_policy,
+    make_agent,
+    make_env,
+    method_from,
+    method_of,
+    require_at_least_one,
+    write_json,
+)
+from report import Result
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+from tqdm import tqdm
+
+from agents import GRPO, ConflictProbe, Decoding, StopAfter, Wrapper, evaluate, held_out_scenes
+from agents.policies.base import Policy
+from var_env import VARTextVectorEnv
+
+SCENE_SEED, NOISE_SEED = 0, 0  # of the held-out prompts, and of the sampler when it draws for them
+NOT_COMPARED = ("seconds",)  # settings in which a finished run may differ from what is asked for
+
+
+# Options -------------------------------------------------------------------------------------------------------------
+
+
+def option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What all runs have in common. Every field is an option of the command line."""
+
+    images: int = option(3200, "budget of each run in reward calls, one for each picture decoded")
+    seconds: float = option(0.0, "cap on the training time of all runs together, shared out equally; 0 for none")
+    learning_rate: float = option(5e-5, "AdamW's")
+    group_size: int = option(8, "G, pictures for each prompt; prefixes for each in VMR's prefix updates")
+    prompts_per_update: int = option(8, "P, so that an update learns from P * G rows")
+    kl_coef: float = option(0.02, "weight of the KL to the base policy; 0 is without")
+    temperature: float = option(1.0, "of the sampler while training")
+    eval_temperature: float = option(1.0, "of the sampler in evaluations")
+    test_prompts: int = option(256, "held-out prompts of the table, from the test split")
+    val_prompts: int = option(64, "held-out prompts of the curves, from the val split")
+    eval_every: int = option(10, "updates between two evaluations while training")
+
+    def __post_init__(self) -> None:
+        values = dataclasses.asdict(self)
+        require_at_least_one(**{name: value for name, value in values.items() if isinstance(value, int)})
+        for name, value in values.items():
+            if not value >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
+
+
+def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Preset]) -> None:
+    """``--device`` and so on, the fields of `Preset`, and the method's settings, for `finish`."""
+    add_model_options(parser)
+    group = parser.add_argument_group("what all runs have in common")
+    for entry in dataclasses.fields(Preset):
+        values = {name: getattr(preset, entry.name) for name, preset in presets.items()}
+        same = len(set(values.values())) == 1
+        default = next(iter(values.values())) if same else ", ".join(f"{v} in {name}" for name, v in values.items())
+        group.add_argument(
+            f"--{entry.name.replace('_', '-')}",
+            type=type(entry.default),
+            metavar=type(entry.default).__name__.upper(),
+            help=f"{entry.metadata['help']} (default: {default})",
+        )
+    add_method_options(parser)
+
+
+def finish(args: argparse.Namespace, preset: Preset) -> None:
+    """Set ``args.settings``, a `Preset`, and ``args.method`` to the defaults with what was given."""
+    given = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(Preset)}
+    args.settings = dataclasses.replace(preset, **{name: value for name, value in given.items() if value is not None})
+    args.method = METHOD | method_from(args)
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        label: its folder and its name in tables; not two agents of one ``out`` may share it.
+        recipe: see `common.parts_of`.
+        seed: of the prompts and the sampler; ``None`` is no run, but the base policy.
+        method: the settings that its recipe uses.
+    """
+
+    label: str
+    recipe: str
+    seed: int | None
+    method: dict[str, Any] = field(hash=False, default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.label if self.seed is None else f"{self.label}, seed {self.seed}"
+
+
+BASE = Cell("base", "", None)
+
+
+class Comparison:
+    """The common ground: settings, base policy, environment, held-out prompts and decoding."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.settings: Preset = args.settings
+        self.out: Path = args.out
+        self.base = load_policy(args)
+        self.env: VARTextVectorEnv = make_env(self.base, self.settings.prompts_per_update)
+        self.test = held_out_scenes(self.env.world, self.settings.test_prompts, SCENE_SEED, "test")
+        self.val = held_out_scenes(self.env.world, self.settings.val_prompts, SCENE_SEED, "val")
+        self.decoding = Decoding(temperature=self.settings.eval_temperature)
+        self.config = dataclasses.asdict(self.settings) | {"base_weights": fingerprint(self.base)}
+        self.method: dict[str, Any] = args.method
+        self.described = self.config | {
+            "seeds": args.seeds,
+            "policy": str(args.policy or "base"),
+            "device": str(self.base.device),
+            "versions": versions(),
+        }
+
+    def cell(self, recipe: str, seed: int, **changes: Any) -> Cell:
+        """A run of a recipe, its label, with some of the method's settings changed."""
+        method = method_of(recipe, self.method | changes)
+        if "split" in method:
+            method["split"] = self.base.schedule.middle_step(method["split"])
+        return Cell(recipe, recipe, seed, method)
+
+    def finished(self, cell: Cell) -> Result | None:
+        """The result of a run that needs no repeating. ``ValueError`` when it was made with other settings."""
+        folder = report.run_folder(self.out, cell.label, cell.seed)
+        path = folder / "result.json"
+        if not path.is_file():
+            return None
+        result: Result = json.loads(path.read_text())
+        if not result["finished"]:
+            return None
+        for name, value in (self.config | cell.method).items():
+            if name not in NOT_COMPARED and result["config"].get(name) != value:
+                raise ValueError(
+                    f"{folder} holds a run with {name}={result['config'].get(name)}, and now it is {value}: "
+                    "choose another --out, or delete that folder"
+                )
+        return result
+
+    def result(self, cell: Cell, policy: Policy, **more: Any) -> Result:
+        """Evaluate a policy on the test prompts, save the pictures and the result, and return it."""
+        tqdm.write(f"{cell}: evaluating on {len(self.test)} held-out prompts", file=sys.stderr)
+        evaluation = evaluate(policy, self.env, self.test, self.decoding, NOISE_SEED)
+        result = {
+            "agent": cell.label,
+            "seed": cell.seed,
+            "config": self.config | cell.method,
+            "diagnostics": policy.diagnostics(),
+            **more,
+            **report.measure(evaluation),
+        }
+        folder = report.run_folder(self.out, cell.label, cell.seed)
+        report.save_strip(folder / "samples.png", evaluation)
+        write_json(folder / "result.json", result)
+        return result
+
+    def agent(self, cell: Cell) -> GRPO | Wrapper:
+        """A new agent on a copy of the base policy."""
+        return make_agent(
+            cell.recipe,
+            copy_of(self.base),
+            self.env,
+            cell.method,
+            group_size=self.settings.group_size,
+            prompts_per_update=self.settings.prompts_per_update,
+            learning_rate=self.settings.learning_rate,
+            kl_coef=self.settings.kl_coef,
+            decoding=Decoding(temperature=self.settings.temperature),
+            seed=cell.seed,
+            device=self.base.device,
+        )
+
+    def train(self, cell: Cell, cap: float | None, interrupt: Interrupt) -> Result | None:
+        """One run, ``cap`` seconds of training at most; ``None`` when it was interrupted before its first update."""
+        settings, folder = self.settings, report.run_folder(self.out, cell.label, cell.seed)
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt that was not finished
+        agent = self.agent(cell)
+        agent.set_logger(configure(str(folder), ["tensorboard", "csv"]))
+        callbacks: list[BaseCallback] = [
+            CurveEval(settings.eval_every, self.val, "val", NOISE_SEED, self.decoding),
+            ConflictProbe(4 * settings.eval_every),  # costs as much as two or three updates
+            StopAfter(images=settings.images, seconds=cap),
+            StopOnInterrupt(interrupt),
+            ImageBar(settings.images, str(cell)),
+        ]
+        agent.learn(agent.timesteps(settings.images), callbacks)
+        agent.logger.close()
+        if agent.n_updates == 0:
+            return None
+        trained: Any = agent.policy
+        trained.save(folder / "policy.safetensors")
+        short = agent.images_decoded < settings.images
+        if cap is not None and agent.seconds >= cap and short:
+            tqdm.write(
+                f"{cell}: stopped at {agent.images_decoded} images, after {cap:.0f} s of training (--seconds)",
+                file=sys.stderr,
+            )
+        return self.result(cell, agent.policy, finished=not (short and interrupt.requested), budget=budget(agent))
+
+    def run(self, plan: Sequence[Cell], write: Callable[[Result, list[Result]], str]) -> int:
+        """Train what is not finished, write the report after each run, and print it in the end; the exit status.
+
+        ``write`` gets the result of the base policy and those of the runs so far, in the order of the plan.
+        """
+        with clear_errors():
+            base = self.finished(BASE)
+            results = {cell: self.finished(cell) for cell in plan}
+            for cell in {cell.label: cell for cell in plan}.values():
+                self.agent(cell)  # wrong settings show now and not hours later
+        cap = self.settings.seconds / len(plan) or None
+        failed, written = False, ""
+        notice = "Ctrl-C: finishing this update, then evaluating and writing; once more skips the evaluation"
+        with Interrupt(notice) as interrupt:
+            try:
+                base = base or self.result(BASE, self.base, finished=True)
+                for cell in plan:
+                    if interrupt.requested:
+                        break
+                    if results[cell] is not None:
+                        tqdm.write(f"{cell}: finished earlier, not trained again", file=sys.stderr)
+                        continue
+                    try:
+                        results[cell] = self.train(cell, cap, interrupt)
+                    except RuntimeError as error:
+                        failed = True
+                        tqdm.write(f"{cell} failed and is left out: {error}", file=sys.stderr)
+                    written = write(base, [result for result in results.values() if result is not None])
+            except KeyboardInterrupt:
+                tqdm.write("skipped the evaluation of this run", file=sys.stderr)
+            if base is None:
+                print("Interrupted before anything was measured.")
+                return INTERRUPTED
+            print(written or write(base, [result for result in results.values() if result is not None]))
+            if interrupt.requested:
+                print("\nInterrupted; the same command goes on with the runs that are missing.")
+                return INTERRUPTED
+        return int(failed)
+
+
+def fingerprint(policy: Policy) -> str:
+    """A hash of the weights of policy and tokenizer."""
+    digest = hashlib.sha256()
+    for module in (policy, policy.tokenizer):
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the machine, and the packages that a result depends on."""
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for package in ("vartext", "torch", "numpy", "gymnasium", "stable-baselines3", "rapidocr", "onnxruntime"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
