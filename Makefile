@@ -6,11 +6,12 @@ ARGS ?=
 INSTALLED := .venv/.installed
 BIN := .venv/bin
 
-.PHONY: help compare ablate test lint bench pretrain clean
+.PHONY: help compare ablate results test lint bench pretrain clean
 
 help:
 	@echo "make compare   train agents from the shipped base policy and compare them on held-out words (runs/)"
 	@echo "make ablate    the paper's ablations; ARGS=m for one of them (hours for all)"
+	@echo "make results   what is in results/, again: many hours"
 	@echo "make test      run the tests"
 	@echo "make lint      run ruff and mypy"
 	@echo "make bench     time the environment, the reward, sampling and updates"
@@ -27,6 +28,11 @@ compare: $(INSTALLED)
 
 ablate: $(INSTALLED)
 	$(BIN)/python examples/ablate.py $(ARGS)
+
+results: $(INSTALLED)
+	$(BIN)/python examples/compare.py --preset full --out runs/full
+	$(BIN)/python examples/ablate.py m alpha --out runs/ablate
+	for run in full ablate; do mkdir -p results/$$run && cp runs/$$run/*.md runs/$$run/*.json runs/$$run/*.png results/$$run; done
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)

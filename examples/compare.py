@@ -8,8 +8,9 @@
 An agent is an algorithm, grpo or vmr, and wrappers around it, panw and mp, joined by "+". The default is the paper's
 method step by step: grpo, vmr, vmr+panw, vmr+panw+mp.
 
-In --out: results.md (the tables), results.json (settings, versions, every score), curves.png, before_after.png, and for
-each run AGENT/seedK/ with TensorBoard events, progress.csv, policy.safetensors and result.json.
+In --out: results.md (the tables), results.json (settings, versions, every score), curves.png, budgets.png (the held-out
+curves against images, tokens, updates and seconds), before_after.png, and for each run AGENT/seedK/ with TensorBoard
+events, progress.csv, policy.safetensors and result.json.
 
 All agents start from the same weights, see the same training prompts in the same order, decode alike, and are
 evaluated with the same noise on test prompts, whose words are in no training prompt. The budget is counted in pictures
@@ -75,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def write(base: Result, results: list[Result]) -> str:
         tables = report.write_report(args.out, described, base, results, args.x_axis)
-        files = f"{args.out}: results.md, results.json, curves.png, before_after.png; tensorboard --logdir {args.out}"
-        return f"{tables}\n\n{files}"
+        files = "results.md, results.json, curves.png, budgets.png, before_after.png"
+        return f"{tables}\n\n{args.out}: {files}; tensorboard --logdir {args.out}"
 
     return comparison.run(plan, write)
 

@@ -156,7 +156,7 @@ def run_table(runs: Sequence[Result]) -> str:
 def write_report(
     out: Path, settings: dict[str, Any], base: Result, runs: Sequence[Result], axis: str = "images"
 ) -> str:
-    """Write ``results.json``, ``results.md``, ``before_after.png`` and ``curves.png``; returns the table."""
+    """Write ``results.json``, ``results.md`` and three pictures, see compare.py; returns the table."""
     headline, temperatures = comparison_table(base, runs), temperature_table(base, runs)
     content = {"settings": settings, "summary": summarise(base, runs), "base": base, "runs": list(runs)}
     write_json(out / "results.json", content)
@@ -185,6 +185,7 @@ def write_report(
     with replacing(out / "before_after.png") as part:
         stack(strips).save(part)
     draw_curves(out / "curves.png", out, runs, [("rollout", axis), ("eval", axis)])
+    draw_curves(out / "budgets.png", out, runs, [("eval", budget) for budget in AXES])
     return headline
 
 

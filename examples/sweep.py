@@ -4,6 +4,7 @@
     python examples/sweep.py --group-size 4 8 16 --json runs/sweep.json
     python examples/sweep.py --signal 8
     python examples/sweep.py --prefix-share 64
+    python examples/sweep.py --conflict 128
 
 Options that take several values span a grid. Every row starts from the same base policy, prompts and noise; read the
 differences with the standard error that is printed. ``--signal N`` trains nothing: it draws N independent batches and
@@ -13,6 +14,9 @@ learning rate, a KL term that pulls back, or more pictures have to carry the lea
 ``--prefix-share N`` trains nothing either: for every split m it draws 4 prefixes for each of N prompts and 4 suffixes
 for each prefix, and prints how much of the reward's variance within a prompt the prefix decides. That is what VMR's
 prefix updates can learn, next to the share of the tokens that they have to learn it with.
+
+``--conflict N`` measures, on one batch of N prompts, how much the gradients of the scales pull against each other, and
+how far to trust that: see ``agents/conflict.py``.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from torch import Tensor
 from tqdm import trange
 
 from agents import GRPO, Decoding, evaluate, held_out_scenes
+from agents.conflict import measure
 from agents.losses import group_advantages
 from agents.rollout import collect
 
@@ -44,13 +49,20 @@ GRID: dict[str, Any] = {
 }
 
 
-def new_agent(args: Any, settings: dict[str, Any]) -> GRPO:
+def new_agent(args: Any, settings: dict[str, Any], micro_batch: int | None = None) -> GRPO:
     """An agent on a copy of the policy, that logs nowhere."""
     settings = dict(settings)
     decoding = Decoding(temperature=settings.pop("temperature"))
     env = make_env(args.base, settings["prompts_per_update"])
     agent = GRPO(
-        copy_of(args.base), env, decoding=decoding, seed=0, image_interval=0, device=args.base.device, **settings
+        copy_of(args.base),
+        env,
+        decoding=decoding,
+        seed=0,
+        image_interval=0,
+        device=args.base.device,
+        micro_batch=micro_batch,
+        **settings,
     )
     agent.set_logger(Logger(None, []))
     return agent
@@ -108,6 +120,19 @@ def prefix_shares(args: Any, prompts: int) -> list[list[str]]:
     return rows
 
 
+def conflict_table(args: Any, prompts: int) -> str:
+    """A row for each scale: its cosines with all scales, its reliability, and its gradient's share of the length."""
+    settings = {name: values[0] for name, values in args.grid.items()} | {"prompts_per_update": prompts}
+    agent = new_agent(args, settings, micro_batch=64)
+    found, names = measure(agent, agent.sample()), [f"{h}x{w}" for h, w in args.base.schedule.grids]
+    shares = found.norms / found.norms.sum()
+    rows = [
+        [name, *(f"{cosine:+.2f}" for cosine in row.tolist()), f"{trust:+.2f}", f"{share:.2f}"]
+        for name, row, trust, share in zip(names, found.cosines, found.reliability, shares, strict=True)
+    ]
+    return table(["Cosine", *names, "Reliability", "Share of the lengths"], rows)
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_model_options(parser)
@@ -115,6 +140,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=192, help="validation prompts (default: %(default)s)")
     parser.add_argument("--signal", type=int, metavar="N", help="compare N gradients, at least 3, and train nothing")
     parser.add_argument("--prefix-share", type=int, metavar="N", help="N prompts, at least 2, and train nothing")
+    parser.add_argument("--conflict", type=int, metavar="N", help="N prompts, at least 2, and train nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, too")
     for name, default in GRID.items():
         flag = f"--{name.replace('_', '-')}"
@@ -122,8 +148,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.updates < 0 or args.prompts < 2 or (args.signal is not None and args.signal < 3):
         parser.error("--updates must be at least 0, --prompts at least 2 and --signal at least 3")
-    if args.prefix_share is not None and args.prefix_share < 2:
-        parser.error("--prefix-share must be at least 2 prompts")
+    if any(prompts is not None and prompts < 2 for prompts in (args.prefix_share, args.conflict)):
+        parser.error("--prefix-share and --conflict need at least 2 prompts")
     args.grid = {name: getattr(args, name) for name in GRID}
     return args
 
@@ -139,6 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.prefix_share:
             headers = ["m", "Tokens", "Of all", "Variance by prefix", "By suffix", "Decided by prefix"]
             print(table(headers, prefix_shares(args, args.prefix_share)))
+            return 0
+        if args.conflict:
+            print(conflict_table(args, args.conflict))
             return 0
         rows = []
         for values in itertools.product(*args.grid.values()):

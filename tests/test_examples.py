@@ -456,6 +456,12 @@ class TestSweep:
         between, within = module("sweep").variance_components(5 * prompts + 2 * prefixes + 3 * suffixes)
         assert between == pytest.approx(4, rel=0.1) and within == pytest.approx(9, rel=0.1)
 
+    def test_conflict(self, weights, module, capsys):
+        assert module("sweep").main([*weights, *TINY[:2], "--conflict", "2"]) == 0
+        rows = rows_of("\n" + capsys.readouterr().out + "\n", "")
+        assert rows[0] == ["Cosine", "1x1", "2x2", "4x4", "Reliability", "Share of the lengths"]
+        assert [row[0] for row in rows[1:]] == ["1x1", "2x2", "4x4"]
+
     def test_signal(self, weights, module, capsys):
         assert module("sweep").main([*weights, *TINY[:4], "--signal", "3"]) == 0
         assert "mean cosine between 3 gradients: " in capsys.readouterr().out
