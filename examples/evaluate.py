@@ -4,6 +4,7 @@
     python examples/evaluate.py --policy runs/compare-quick/grpo/seed0/policy.safetensors
     python examples/evaluate.py --policy runs/train/agent.zip --prompts 1024 --temperature 0.8
     python examples/evaluate.py --clip openai/clip-vit-base-patch32          # with CLIPScore, the paper's third metric
+    python examples/evaluate.py --temperatures-of runs/compare-quick/grpo/seed0/policy.safetensors
     python examples/evaluate.py --gates                                      # do the shipped weights meet their gates?
 
 A second table tells the results apart by the number of words that a prompt asks for. In --out: evaluation.json with
@@ -46,6 +47,7 @@ from tqdm import tqdm
 from agents import Decoding, evaluate, held_out_scenes
 from agents.evaluation import bootstrap_interval
 from agents.policies.base import Policy
+from agents.policies.var_text import VARTextPolicy
 from rewards import CLIPScore
 from rewards.text_metrics import normalize
 from var_env import Scene, VARTextVectorEnv
@@ -74,12 +76,26 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAME_OR_PATH",
         help="also measure CLIPScore with this CLIP model, from the Hugging Face hub or a folder (default: left out)",
     )
+    parser.add_argument(
+        "--temperatures-of",
+        metavar="PATH",
+        help="draw with the learned temperatures of another policy, a .safetensors file or base: what part of a gain "
+        "they are, and what part the other weights (default: the policy's own)",
+    )
     add_regions_option(parser)
     add_decoding_options(parser)
     args = parser.parse_args(argv)
     with clear_errors():
         require_at_least_one(prompts=args.prompts)
     return args
+
+
+def take_temperatures(policy: Policy, path: str) -> None:
+    """Give a policy the learned temperatures of another one on the same tokenizer."""
+    if not isinstance(policy, VARTextPolicy):
+        raise ValueError(f"--temperatures-of needs a VARTextPolicy, and this is a {type(policy).__name__}")
+    other = VARTextPolicy.load(None if path == "base" else path, policy.tokenizer)
+    policy.sharpness.data.copy_(other.sharpness)
 
 
 def tokenizer_gate(env: VARTextVectorEnv, scenes: Sequence[Scene]) -> tuple[float, int]:
@@ -151,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with clear_errors():
         policy = load_policy(args)
+        if args.temperatures_of:
+            take_temperatures(policy, args.temperatures_of)
         env = make_env(policy, regions=args.regions)
         scenes = held_out_scenes(env.world, args.prompts, args.seed, args.split)
         decoding = decoding_from(args, Decoding())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import tiny_policy
 from tiny_clip import save_tiny_clip
 
@@ -90,3 +91,19 @@ def test_by_words(script, options, tmp_path, capsys):
     assert int(ones[1]) < 10 <= int(twos[1])  # the few come without an interval
     assert "[" not in ones[2] and ones[2] == f"{evaluation['by_words']['1']['metrics']['reward'][0]:.3f}"
     assert twos[2] == script.with_interval(evaluation["by_words"]["2"]["metrics"]["reward"])
+
+
+def test_temperatures_of_another_policy(script, tokenizer, tmp_path):
+    policy, other = tiny_policy(tokenizer), tiny_policy(tokenizer, seed=1)
+    with torch.no_grad():
+        other.sharpness += torch.tensor([0.0, 0.001, -0.002])
+    other.save(tmp_path / "other.safetensors")
+    before = policy.head.weight.clone()
+    script.take_temperatures(policy, str(tmp_path / "other.safetensors"))
+    assert policy.temperatures() == other.temperatures() and torch.equal(policy.head.weight, before)
+
+
+def test_temperatures_of_a_policy_of_another_world(script, options, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.main([*options, "--temperatures-of", "base"])  # six scales, and the small policy has three
+    assert str(error.value).startswith("error: ")
