@@ -257,6 +257,7 @@ class Comparison:
                 for cell in plan:
                     if interrupt.requested:
                         break
+                    results[cell] = results[cell] or self.finished(cell)  # another process may have trained it by now
                     if results[cell] is not None:
                         tqdm.write(f"{cell}: finished earlier, not trained again", file=sys.stderr)
                         continue

@@ -433,6 +433,23 @@ class TestPlay:
         assert "names no word in double quotes" in refused(module("play").main, "A sign", *weights)
 
 
+def test_a_run_that_another_process_finished_meanwhile_is_kept(weights, compared, module):
+    options = [*weights, *COMPARE, "--agents", *RECIPES, "--seeds", 0, 1, "--out", compared[0]]
+    args = module("compare").parse([str(option) for option in options])
+    comparison = module("runs").Comparison(args)
+    plan, seen = [comparison.cell("grpo", seed) for seed in args.seeds], []
+
+    def finished_by_now(cell):
+        seen.append(cell)
+        return type(comparison).finished(comparison, cell) if seen.count(cell) > 1 or cell.seed is None else None
+
+    comparison.finished = finished_by_now
+    comparison.train = None  # not to be called
+    results = []
+    assert comparison.run(plan, lambda base, runs: results.extend(runs) or "") == 0
+    assert [run["seed"] for run in results] == [0, 1]
+
+
 class TestSweep:
     def test_rows_of_a_grid(self, weights, tmp_path):
         small = [*TINY[:4], "--updates", 1, "--prompts", 3, "--learning-rate", 0.0, 1e-3, "--json", tmp_path / "s.json"]
