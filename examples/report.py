@@ -274,7 +274,7 @@ def draw_curves(
             panel.grid(alpha=0.3)
             panels[-1][column].set_xlabel(AXES[axis])
     if agents:
-        panels[0][0].legend()
+        panels[-1][-1].legend(loc="lower right", fontsize="small")  # where curves that end early leave room
     save_figure(path, figure)
 
 
