@@ -84,15 +84,15 @@ class Rollout:
                 "numbers; mend the reward function and resume from the last checkpoint"
             )
 
-    def merge(self, suffixes: int, grids: int, value: Callable[[Tensor], Tensor]) -> Rollout:
+    def merge(self, policy: Policy, suffixes: int, grids: int, value: Callable[[Tensor], Tensor]) -> Rollout:
         """One row for each ``suffixes`` rows that share their first ``grids`` grids, the others left out.
 
-        ``value`` maps their returns ``(P, G, K)`` to the new rows' scores ``(P, G)``.
+        ``policy`` made the condition, and ``value`` maps returns ``(P, G, K)`` to the new rows' scores ``(P, G)``.
         """
         returns = self.returns.unflatten(1, (-1, suffixes)).flatten(2)  # (P, G, K)
         return replace(
             self,
-            cond=type(self.cond)(*(part[::suffixes] for part in self.cond)),
+            cond=policy.take(self.cond, torch.arange(0, len(self.scenes), suffixes, device=policy.device)),
             scenes=self.scenes[::suffixes],
             grids=[grid[::suffixes] for grid in self.grids[:grids]],
             behaviour_logp=[logp[::suffixes] for logp in self.behaviour_logp[:grids]],

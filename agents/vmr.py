@@ -15,6 +15,7 @@ Images are what costs: a prefix update decodes P * G * K of them, and a suffix u
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -114,7 +115,8 @@ class VMR(GRPO):
         if self.stage == "suffix":
             return self.draw(seed, 1, (self.split, self.group_size))  # one s_m a prompt, shared by G suffixes
         pictures = self.draw(seed, self.group_size, (self.split, self.suffix_samples))
-        return pictures.merge(self.suffix_samples, self.split, lambda returns: middle_return(returns, self.eta))
+        value = partial(middle_return, eta=self.eta)
+        return pictures.merge(self.policy, self.suffix_samples, self.split, value)
 
     def timesteps(self, images: int) -> int:
         if self.split == len(self.policy.schedule):

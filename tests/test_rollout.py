@@ -110,8 +110,8 @@ class TestForkAt:
         )
         assert seen == [6, 6, 24]
 
-    def test_merge_makes_rows_of_prefixes(self, tree):
-        rows = tree.merge(2, 1, lambda returns: returns.sum(-1))
+    def test_merge_makes_rows_of_prefixes(self, policy, tree):
+        rows = tree.merge(policy, 2, 1, lambda returns: returns.sum(-1))
         assert rows.suffixes == 2 and rows.returns.shape == (2, 3, 2) and len(rows.scenes) == 6
         assert [grid.shape for grid in rows.grids] == [(6, 1, 1)] and len(rows.behaviour_logp) == len(rows.support) == 1
         for p in range(2):
@@ -121,6 +121,8 @@ class TestForkAt:
                 assert rows.scores[p, g] == tree.scores[p, 2 * g] + tree.scores[p, 2 * g + 1]
                 assert torch.equal(rows.grids[0][3 * p + g], tree.grids[0][6 * p + 2 * g])
                 assert rows.scenes[3 * p + g] == tree.scenes[6 * p + 2 * g]
+        for merged, part in zip(rows.cond, tree.cond, strict=True):
+            assert torch.equal(merged, part[[0, 2, 4, 6, 8, 10]])
         assert rows.images is tree.images and rows.summary()["reward"] == pytest.approx(tree.scores.mean().item())
 
     @pytest.mark.parametrize("fork_at", [(0, 2), (3, 2), (1, 0)])
