@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from agents.grpo import GRPO
     from agents.mask_propagation import MaskPropagation
     from agents.panw import PANW
+    from agents.registry import make, register
     from agents.sampling import Decoding
     from agents.vmr import VMR
     from agents.wrapper import Wrapper
@@ -35,6 +36,8 @@ _HOMES = {  # imported when first asked for: torch and Stable-Baselines3 take se
     "Decoding": "sampling",
     "Wrapper": "wrapper",
     "load": "checkpoint",
+    "make": "registry",
+    "register": "registry",
 }
 __all__ = [
     "GRPO",
@@ -51,6 +54,8 @@ __all__ = [
     "evaluate",
     "held_out_scenes",
     "load",
+    "make",
+    "register",
 ]
 
 

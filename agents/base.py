@@ -5,6 +5,7 @@ An algorithm subclasses `Agent` and writes `iterate`, one round of sampling and 
 
 from __future__ import annotations
 
+import copy
 import time
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
+from torch import Tensor
 
 from agents import checkpoint, logs
 from agents.callbacks import SampleProgressBar
@@ -45,7 +47,11 @@ class Agent(BaseAlgorithm):
         env: an id, a single environment or a batched one, or ``None`` to only predict.
         group_size: G, pictures for each prompt.
         prompts_per_update: P. The prompts of update u depend on the seed and on u alone, whatever the agent.
-        learning_rate: AdamW's, a number or a function of the remaining progress, 1 to 0.
+        learning_rate: AdamW's, a number or a function of the remaining progress, 1 to 0, such as those of
+            ``agents/schedules.py``.
+        max_grad_norm: the gradient is scaled down to this norm.
+        ema_decay: keeps an exponential moving average of the weights, ``ema = decay ema + (1 - decay) policy`` after
+            every optimiser step, which is then what is evaluated. ``None``: without.
         decoding: how training samples are drawn.
         image_interval: updates between two pictures of samples in TensorBoard; 0 for none.
         seed: ``None`` draws one.
@@ -57,6 +63,7 @@ class Agent(BaseAlgorithm):
         images_decoded, tokens_sampled, n_updates: pictures (reward calls), tokens, calls of ``update``.
         seconds: time in sampling, decoding, reward and update; callbacks do not count.
         reference: the frozen policy that the KL term holds on to, if the algorithm has one.
+        ema: the averaged policy, if there is one.
     """
 
     policy: Policy  # type: ignore[assignment]
@@ -70,6 +77,8 @@ class Agent(BaseAlgorithm):
         group_size: int = 8,
         prompts_per_update: int = 8,
         learning_rate: float | Schedule = 5e-5,
+        max_grad_norm: float = 1.0,
+        ema_decay: float | None = None,
         decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
         image_interval: int = 10,
         seed: int | None = None,
@@ -92,9 +101,15 @@ class Agent(BaseAlgorithm):
             seed=seed,
         )
         require_at_least(1, group_size=group_size, prompts_per_update=prompts_per_update)
+        if not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be at least 0 and below 1, got {ema_decay}")
         self.policy = policy.to(self.device)
         self.policy.tokenizer.to(self.device)
         self.reference: Policy | None = None
+        self.ema: Policy | None = None
+        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
         self.group_size, self.prompts_per_update = group_size, prompts_per_update
         self.decoding, self.image_interval = decoding, image_interval
         self.images_decoded = self.tokens_sampled = self._rollouts = 0
@@ -109,9 +124,14 @@ class Agent(BaseAlgorithm):
 
     def _setup_model(self) -> None:
         self.policy.eval()  # no dropout of prompts, here or in the reference
+        if self.ema_decay is not None:
+            self.ema = frozen_copy(self.policy)
         self.lr_schedule = utils.FloatSchedule(self.learning_rate)
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=self.lr_schedule(1.0), betas=(0.9, 0.95), weight_decay=0.0
+            [weight for weight in self.policy.parameters() if weight.requires_grad],
+            lr=self.lr_schedule(1.0),
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
         )
         self.generator = torch.Generator(self.device)
         self.set_random_seed(self.seed)
@@ -139,9 +159,19 @@ class Agent(BaseAlgorithm):
         return f"{type(self).__name__}()"
 
     @property
+    def unwrapped(self: AgentT) -> AgentT:
+        """This agent; of a wrapper, the agent inside."""
+        return self
+
+    @property
     def wrappers(self) -> list[Wrapper]:
         """From the inside out."""
         return []
+
+    @property
+    def best_policy(self) -> Policy:
+        """What to evaluate and to ship: the averaged policy if there is one, else the policy."""
+        return self.policy if self.ema is None else self.ema
 
     def timesteps(self, images: int) -> int:
         """Environment steps in which this agent decodes about as many pictures, for ``learn(total_timesteps)``."""
@@ -286,6 +316,29 @@ class Agent(BaseAlgorithm):
             self.logger.record(name, value)
         self.logger.dump(self.num_timesteps)
 
+    def optimizer_step(self) -> float:
+        """Clip the gradient, take the step, move the average; returns the gradient's norm.
+
+        Raises:
+            RuntimeError: the gradient is not finite; the step is not taken.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        self.require_finite("gradient norm", norm)
+        self.optimizer.step()
+        if self.ema is not None:
+            assert self.ema_decay is not None
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.policy.parameters()), 1 - self.ema_decay)
+        return norm.item()
+
+    def require_finite(self, name: str, value: Tensor) -> None:
+        """``RuntimeError`` before a step is taken with a number that would ruin the weights."""
+        if not torch.isfinite(value):
+            self.optimizer.zero_grad()
+            raise RuntimeError(
+                f"the {name} of update {self.n_updates + 1} is {value.item()}: the step was not applied and the "
+                "weights are as before it; lower learning_rate, raise kl_coef, or load an earlier checkpoint"
+            )
+
     # Acting ----------------------------------------------------------------------------------------------------------
 
     def predict(
@@ -306,12 +359,12 @@ class Agent(BaseAlgorithm):
     # Files -----------------------------------------------------------------------------------------------------------
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["reference", "optimizer", "generator", "callback", "lr_schedule", "_last_obs", "_last_episode_starts"]
-        own += ["outermost"]
+        own = ["reference", "ema", "outermost", "optimizer", "generator", "callback", "lr_schedule"]
+        own += ["_last_obs", "_last_episode_starts"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "optimizer"] + ([] if self.reference is None else ["reference"]), []
+        return ["policy", "optimizer", *(name for name in ("reference", "ema") if getattr(self, name) is not None)], []
 
     def save(
         self,
@@ -337,6 +390,11 @@ class Agent(BaseAlgorithm):
         settings, such as ``learning_rate=1e-5``.
         """
         return checkpoint.load(path, env, device, custom_objects, cls, **kwargs)
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """Weights of its own, without gradients; the tokenizer is shared."""
+    return copy.deepcopy(policy, {id(policy.tokenizer): policy.tokenizer}).requires_grad_(False)
 
 
 def require_at_least(least: int, **options: int) -> None:

@@ -101,7 +101,7 @@ class HeldOutEval(AgentCallback):
         assert agent.env is not None
         self.scenes = self.scenes or held_out_scenes(agent.env.world, self.count, self.seed, self.split)
         decoding = self.decoding or agent.decoding
-        result = evaluate(agent.policy, agent.env, self.scenes, decoding, self.seed, self.batch_size)
+        result = evaluate(agent.best_policy, agent.env, self.scenes, decoding, self.seed, self.batch_size)
         self.history.append((agent.n_updates, result))
         for name, value in result.means().items():
             self.logger.record(f"eval/{name}", value)

@@ -28,8 +28,7 @@ def write(agent: Agent, path: str | Path | BinaryIO, left_out: Collection[str]) 
     data["wrapper_classes"] = [type(wrapper) for wrapper in agent.wrappers]
     data["wrapper_settings"] = [wrapper.settings() for wrapper in agent.wrappers]
     modules: dict[str, Any] = {"policy": agent.policy, "tokenizer": agent.policy.tokenizer}
-    if agent.reference is not None:
-        modules["reference"] = agent.reference
+    modules |= {name: getattr(agent, name) for name in ("reference", "ema") if getattr(agent, name) is not None}
     buffer = io.BytesIO()
     save_to_zip_file(buffer, data=data, params={"optimizer": agent.optimizer.state_dict()})
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(buffer, "a") as archive:
@@ -88,8 +87,8 @@ def load(
     agent._rollouts = data["_rollouts"]  # seeding starts them again
     agent.optimizer.load_state_dict(optimizer)
     agent.generator.set_state(torch.frombuffer(bytearray(generator_state), dtype=torch.uint8))
-    if "reference" in modules and agent.reference is not None:
-        agent.reference.load_state_dict(modules["reference"].state_dict())
+    for name in modules.keys() & {"reference", "ema"}:
+        setattr(agent, name, modules[name].to(agent.device).eval().requires_grad_(False))
     if env is not None:
         agent.set_env(env)
     for wrapper_class, settings in wrappers:

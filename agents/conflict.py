@@ -34,7 +34,6 @@ from agents import logs
 from agents.base import require_at_least
 from agents.callbacks import AgentCallback
 from agents.grpo import GRPO, TokenWeights
-from agents.losses import group_advantages
 from agents.rollout import Rollout, collect, resized
 from var_env.schedule import ScaleSchedule
 
@@ -63,9 +62,9 @@ def scale_gradients(
     passes of an update and holds N numbers a scale.
 
     Args:
-        rollout: of all T grids; advantages are normalised within its groups, ``losses.group_advantages``.
-        weights: of the tokens, ``(B, L)`` each. Default: the agent's, wrappers included, for the policy term, and 0
-            for the KL term.
+        rollout: of all T grids. The agent and its wrappers judge it as they would in an update.
+        weights: of the tokens, ``(B, L)`` each, before they are aggregated. Default: the agent's, wrappers included,
+            for the policy term, and 0 for the KL and the entropy bonus.
         rows: int64, the rows whose share in the loss it is. Default: all. Disjoint rows' gradients add up.
 
     Raises:
@@ -75,20 +74,27 @@ def scale_gradients(
     schedule, batch = core.policy.schedule, len(rollout.scenes)
     if len(rollout.grids) < len(schedule):
         raise ValueError(f"need a rollout of all {len(schedule)} grids, got the first {len(rollout.grids)}")
+    everything = range(len(schedule))
+    rollout = core.judge(rollout, everything) if rollout.advantages is None else rollout
     if weights is None:
-        weights = core.outermost.token_weights(rollout, range(len(schedule)))
-        weights = weights._replace(kl=torch.zeros_like(weights.kl))
-    advantages = group_advantages(rollout.scores, core.advantage_eps).flatten().to(core.device)  # (B,)
+        weights = only("policy", core.outermost.token_weights(rollout, everything))
+    weights = core.aggregate(weights, everything)
+    advantages = core.outermost.token_advantages(rollout, everything)  # (B, L)
     rows = torch.arange(batch, device=core.device) if rows is None else rows
     parameters = [weight for weight in core.policy.parameters() if weight.requires_grad]
     gradients = torch.zeros(len(schedule), sum(weight.numel() for weight in parameters), device=core.device)
     for t, tokens in enumerate(schedule.slices):
         share = TokenWeights(*(part[:, tokens] for part in weights))
         for micro in rows.split(core.micro_batch or batch):
-            loss, _ = core.loss(rollout, micro, advantages[micro], share, None, range(t, t + 1), batch)
+            loss, _ = core.loss(rollout, micro, advantages[micro, tokens], share.rows(micro), None, range(t, t + 1))
             parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
             gradients[t] += torch.cat([part.flatten() for part in parts])
     return gradients
+
+
+def only(term: str, weights: TokenWeights) -> TokenWeights:
+    """Weights with those of the other terms of the loss at zero."""
+    return TokenWeights(*(part if name == term else torch.zeros_like(part) for name, part in weights._asdict().items()))
 
 
 def cosines(gradients: Tensor) -> Tensor:
@@ -109,12 +115,13 @@ def measure(agent: GRPO | Wrapper, rollout: Rollout) -> Conflict:
     if half == 0:
         raise ValueError("need a rollout of at least 2 prompts, to compare the gradients of its halves; got 1")
     logger, core._logger = core.logger, Logger(None, [])  # wrappers log their weights, but this is no update
+    seconds = core.seconds
     try:
+        rollout = core.judge(rollout, range(len(core.policy.schedule)))
         weights = core.outermost.token_weights(rollout, range(len(core.policy.schedule)))
     finally:
-        core._logger = logger
-    policy_term = weights._replace(kl=torch.zeros_like(weights.kl))
-    kl_term = weights._replace(policy=torch.zeros_like(weights.policy))
+        core._logger, core.seconds = logger, seconds
+    policy_term, kl_term = only("policy", weights), only("kl", weights)
     first, second = (scale_gradients(agent, rollout, policy_term, part) for part in (rows[:half], rows[half:]))
     kl = scale_gradients(agent, rollout, kl_term) if core.kl_coef else torch.zeros_like(first)
     shared = ((first != 0) | (second != 0) | (kl != 0)).sum(0) > 1  # (N,) moved by more than one scale

@@ -2,9 +2,13 @@
 
 An iteration, in this file's order:
 
-1. sample G pictures for each of P prompts and score them;
-2. advantage: the score, normalised within the prompt's group;
-3. update: clipped policy gradient on every token, held near a frozen reference by a KL penalty.
+1. `sample` G pictures for each of P prompts and score them;
+2. `scores`: what each row is worth, the reward and what is added to it;
+3. `advantages`: the score, normalised within the prompt's group;
+4. `token_advantages` and `token_weights`: what this means for each token, and how much the token counts;
+5. `update`: clipped policy gradient on every token, held near a frozen reference by a KL penalty.
+
+Other algorithms replace some of these methods, and wrappers change what 2 and 4 return.
 
 Old, new and reference log-probabilities come from one function, teacher-forced, conditional and untruncated, never
 from the sampler, whose distribution is another one under guidance or truncation.
@@ -12,46 +16,73 @@ from the sampler, whose distribution is another one under guidance or truncation
 
 from __future__ import annotations
 
-import copy
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from agents import logs, losses
-from agents.base import Agent, require_at_least
+from agents.base import Agent, StopLearning, frozen_copy, require_at_least
+from agents.losses import Predicted
 from agents.policies.base import Policy
+from agents.registry import register
 from agents.rollout import Rollout
 
 if TYPE_CHECKING:
     from agents.wrapper import Wrapper
 
+KL_PLACES = ("loss", "reward")
+DYNAMIC_SAMPLING = ("keep", "drop", "resample")
+
 
 class TokenWeights(NamedTuple):
-    """How much each token counts in the two terms of an update, each ``(B, n)``, n the tokens of its steps."""
+    """How much each token counts in the terms of an update, each ``(B, n)``, n the tokens of its steps."""
 
     policy: Tensor
     kl: Tensor
+    entropy: Tensor  # of the entropy bonus
+
+    def rows(self, index: Tensor) -> TokenWeights:
+        """Those of some rows."""
+        return TokenWeights(*(part[index] for part in self))
 
 
+@register("grpo")
 class GRPO(Agent):
     """Group relative policy optimisation.
 
     Args:
         policy, env: and more keywords, as in `Agent`.
         clip_range: the ratio may move the loss within ``1 +- clip_range``.
+        clip_range_high: the upper end is ``1 + clip_range_high``; DAPO's clip-higher. ``None``: the same.
+        dual_clip: c, above 1: bounds the loss of a negative advantage, see ``losses.clipped_loss``. ``None``: without.
         kl_coef: weight of the KL to the reference, the policy as it was given; 0 is without.
-        kl: "k1", "k2", "k3" or "full", see ``losses.kl_estimate``.
-        ratio_level: "token", "grid" or "sequence", see ``losses.policy_ratio``.
-        advantage_eps: added to a group's standard deviation.
+        kl: "k1", "k2", "k3" or "full", see ``losses.KL_ESTIMATES`` and ``losses.full_kl``.
+        kl_in: "loss" adds the KL of each token to the loss; "reward" takes the sum over a row's tokens off its score,
+            before advantages are made, as RLHF does; "k1" is the usual estimate there.
+        entropy_coef: weight of the entropy bonus, the policy's entropy at each token in the loss.
+        ratio_level: a name in ``losses.RATIO_LEVELS``: "token", "grid" (GMPO) or "sequence" (GSPO).
+        aggregation: a name in ``losses.AGGREGATIONS``, what the loss is a mean of: "constant" (Dr. GRPO's),
+            "token_mean" (DAPO's), "sequence_mean" (GRPO's) or "step_mean". All rows have the same tokens, so the first
+            three differ only where a mask takes tokens away.
+        advantage_scale: a name in ``losses.ADVANTAGE_SCALES``: "group", "batch" or "none" (Dr. GRPO).
+        advantage_eps: added to the standard deviation.
+        dynamic_sampling: what becomes of groups whose rewards are all equal, which teach nothing. "keep" them under
+            their KL term; "drop" them; "resample" other prompts until the batch is full (DAPO, section 3.2).
+        max_batches: "resample" draws at most so many batches an update. Their pictures all count as budget.
         support: "model" learns with the model's own log-probabilities; "sampler" renormalises them on the codes that a
             truncated sampler could draw, frozen at sampling. Pushing down truncated samples otherwise leaks
             probability to codes that are never shown, so truncated training needs this or a strong KL.
         epochs: passes over a rollout.
         minibatches: optimiser steps an epoch.
-        micro_batch: rows in one forward and backward, to fit the memory; leaves the update unchanged.
-        max_grad_norm: the gradient is scaled down to this norm.
+        micro_batch: rows in one forward and backward, to fit the memory (gradient accumulation); leaves the update
+            unchanged.
+        target_kl: an update ends before an optimiser step at which the policy's KL from the one that sampled, estimated
+            on the minibatch, is above 1.5 times this (as in Stable-Baselines3). ``None``: never.
+        refresh_reference: updates after which the reference becomes the policy as it then is; 0 for never.
     """
 
     def __init__(
@@ -60,41 +91,59 @@ class GRPO(Agent):
         env: Any,
         *,
         clip_range: float = 0.2,
+        clip_range_high: float | None = None,
+        dual_clip: float | None = None,
         kl_coef: float = 0.02,
         kl: str = "k3",
+        kl_in: str = "loss",
+        entropy_coef: float = 0.0,
         ratio_level: str = "token",
+        aggregation: str = "constant",
+        advantage_scale: str = "group",
         advantage_eps: float = 1e-4,
+        dynamic_sampling: str = "keep",
+        max_batches: int = 4,
         support: str = "model",
         epochs: int = 1,
         minibatches: int = 1,
         micro_batch: int | None = None,
-        max_grad_norm: float = 1.0,
+        target_kl: float | None = None,
+        refresh_reference: int = 0,
         **common: Any,
     ) -> None:
         for name, value, choices in (
-            ("kl", kl, losses.KL_KINDS),
+            ("kl", kl, (*losses.KL_ESTIMATES, "full")),
+            ("kl_in", kl_in, KL_PLACES),
             ("ratio_level", ratio_level, losses.RATIO_LEVELS),
+            ("aggregation", aggregation, losses.AGGREGATIONS),
+            ("advantage_scale", advantage_scale, losses.ADVANTAGE_SCALES),
+            ("dynamic_sampling", dynamic_sampling, DYNAMIC_SAMPLING),
             ("support", support, ("model", "sampler")),
         ):
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
         require_at_least(1, epochs=epochs, minibatches=minibatches, micro_batch=micro_batch or 1)
-        if not kl_coef >= 0 or not clip_range > 0 or not max_grad_norm > 0:
-            raise ValueError(
-                "kl_coef must be at least 0, clip_range and max_grad_norm above 0; "
-                f"got {kl_coef}, {clip_range} and {max_grad_norm}"
-            )
-        self.clip_range, self.kl_coef, self.kl, self.ratio_level = clip_range, kl_coef, kl, ratio_level
-        self.advantage_eps, self.support = advantage_eps, support
+        require_at_least(1, max_batches=max_batches)
+        require_at_least(0, refresh_reference=refresh_reference)
+        for name, number, least in (
+            ("clip_range", clip_range, 0.0),
+            ("clip_range_high", clip_range_high, 0.0),
+            ("dual_clip", dual_clip, 1.0),
+            ("target_kl", target_kl, 0.0),
+        ):
+            if number is not None and not number > least:
+                raise ValueError(f"{name} must be above {least:g}, got {number}")
+        if not kl_coef >= 0 or not entropy_coef >= 0:
+            raise ValueError(f"kl_coef and entropy_coef must be at least 0, got {kl_coef} and {entropy_coef}")
+        self.clip_range, self.clip_range_high, self.dual_clip = clip_range, clip_range_high, dual_clip
+        self.kl_coef, self.kl, self.kl_in, self.entropy_coef = kl_coef, kl, kl_in, entropy_coef
+        self.ratio_level, self.aggregation = ratio_level, aggregation
+        self.advantage_scale, self.advantage_eps = advantage_scale, advantage_eps
+        self.dynamic_sampling, self.max_batches, self.support = dynamic_sampling, max_batches, support
         self.epochs, self.minibatches, self.micro_batch = epochs, minibatches, micro_batch
-        self.max_grad_norm = max_grad_norm
+        self.target_kl, self.refresh_reference = target_kl, refresh_reference
         self.outermost: GRPO | Wrapper = self
         super().__init__(policy, env, **common)
-
-    @property
-    def unwrapped(self) -> GRPO:
-        """This agent; of a wrapper, the agent inside."""
-        return self
 
     @property
     def wrappers(self) -> list[Wrapper]:
@@ -107,30 +156,99 @@ class GRPO(Agent):
     def _setup_model(self) -> None:
         super()._setup_model()
         if self.kl_coef:
-            tokenizer = self.policy.tokenizer  # shared, not copied
-            self.reference = copy.deepcopy(self.policy, {id(tokenizer): tokenizer}).requires_grad_(False)
+            self.require_reference()
+
+    def require_reference(self) -> Policy:
+        """The frozen reference policy, made from the policy as it is if there is none yet."""
+        if self.reference is None:
+            self.reference = frozen_copy(self.policy)
+        return self.reference
 
     @property
     def keeps_support(self) -> bool:
         return self.support == "sampler"
 
+    # 1. Sampling -----------------------------------------------------------------------------------------------------
+
     def iterate(self) -> None:
-        rollout = self.sample()
-        advantages = losses.group_advantages(rollout.scores, self.advantage_eps)  # (P, G)
-        self.update(rollout, advantages.flatten(), range(len(self.policy.schedule)))
+        self.learn_from(self.sample(), range(len(self.policy.schedule)))
+
+    def sample(self) -> Rollout:
+        """New prompts, their pictures and scores; with ``dynamic_sampling``, only groups whose rewards differ."""
+        rollout = super().sample()
+        if self.dynamic_sampling == "keep":
+            return rollout
+        batches, wanted = 1, len(rollout.scores)
+        kept = [rollout.groups(self.policy, ~losses.zero_variance(rollout.scores))]
+        while self.dynamic_sampling == "resample" and not self._stop and batches < self.max_batches:
+            if sum(len(part.scores) for part in kept) >= wanted:
+                break
+            try:
+                more = super().sample()
+            except StopLearning:  # a callback wants no more: learn from what there is
+                break
+            batches += 1
+            kept.append(more.groups(self.policy, ~losses.zero_variance(more.scores)))
+        useful = Rollout.concatenate(self.policy, kept)
+        self.logger.record("rollout/batches", batches)
+        self.logger.record("rollout/groups_kept", len(useful.scores))
+        if len(useful.scores) == 0:
+            return rollout  # nothing to learn but the KL
+        return useful.groups(self.policy, torch.arange(len(useful.scores)) < wanted)
+
+    # 2 to 4. From rewards to tokens ----------------------------------------------------------------------------------
+
+    def learn_from(self, rollout: Rollout, steps: range) -> None:
+        """One update of the grids in ``steps`` from a rollout, wrappers included."""
+        rollout = self.judge(rollout, steps)
+        self.update(rollout, self.outermost.token_advantages(rollout, steps), steps)
+
+    def judge(self, rollout: Rollout, steps: range) -> Rollout:
+        """The rollout with its ``scores`` as the agent sees them, and with its ``advantages``."""
+        start = time.perf_counter()
+        rollout = replace(rollout, scores=self.outermost.scores(rollout, steps))
+        rollout = replace(rollout, advantages=self.advantages(rollout, steps).to(self.device))
+        self.seconds += time.perf_counter() - start
+        return rollout
+
+    def scores(self, rollout: Rollout, steps: range) -> Tensor:
+        """A hook of the wrappers: what each row is worth, ``(P, G)``. Here its reward, less the KL if asked for."""
+        if not self.kl_coef or self.kl_in == "loss":
+            return rollout.scores
+        with torch.no_grad():
+            kl = self.in_micro_batches(lambda rows: self.kl_to_reference(rollout, rows, steps).sum(1), rollout)  # (B,)
+        self.logger.record("rollout/kl", kl.mean().item())
+        return rollout.scores - self.kl_coef * kl.view_as(rollout.scores).to(rollout.scores)
+
+    def advantages(self, rollout: Rollout, steps: range) -> Tensor:
+        """How much better than expected each row is, ``(B,)``, or each of its tokens, ``(B, n)``: the algorithm's."""
+        return losses.group_advantages(rollout.scores, self.advantage_eps, scale=self.advantage_scale).flatten()
+
+    def token_advantages(self, rollout: Rollout, steps: range) -> Tensor:
+        """A hook of the wrappers: the advantage of each token of ``steps``, ``(B, n)``."""
+        assert rollout.advantages is not None, "judge() it first"
+        n = sum(self.policy.schedule.sizes[t] for t in steps)
+        return rollout.advantages if rollout.advantages.ndim == 2 else rollout.advantages[:, None].expand(-1, n)
 
     def token_weights(self, rollout: Rollout, steps: range) -> TokenWeights:
-        """The hook of the wrappers: the weights of the tokens of ``steps`` in an update from this rollout.
+        """A hook of the wrappers: how much each token of ``steps`` counts against the others.
 
-        Here the token mean, rows that sum to one; a loss is the weighted sum over a row's tokens, averaged over rows.
-        A wrapper multiplies what this returns: by weights with a mean of one to shift attention, by a mask to gate.
+        Here all count the same, and rows sum to one. A wrapper multiplies what this returns: by weights with a mean of
+        one to shift attention, by a mask to gate. ``aggregation`` then says what the loss is a mean of.
         """
         sizes = [self.policy.schedule.sizes[t] for t in steps]
         uniform = losses.uniform_weights(len(rollout.scenes), sizes, self.device)
-        return TokenWeights(uniform, uniform)
+        return TokenWeights(uniform, uniform, uniform)
+
+    def aggregate(self, weights: TokenWeights, steps: range) -> TokenWeights:
+        """The weights of the rows of one optimiser step, such that its loss is the sum of weight times value."""
+        sizes = [self.policy.schedule.sizes[t] for t in steps]
+        return TokenWeights(*(losses.AGGREGATIONS[self.aggregation](part, sizes) for part in weights))
+
+    # 5. The update ---------------------------------------------------------------------------------------------------
 
     def update(self, rollout: Rollout, advantages: Tensor, steps: range) -> None:
-        """Learn from a rollout, one advantage a row; gradients reach the grids in ``steps`` and no other.
+        """Learn from a rollout and its advantages, ``(B,)`` or ``(B, n)``; gradients reach the grids in ``steps``.
 
         Nothing after ``steps`` is computed and nothing before it is predicted, so a rollout need only hold the grids up
         to ``steps.stop``.
@@ -140,31 +258,33 @@ class GRPO(Agent):
         rows, advantages = len(advantages), advantages.to(self.device)
         weights = self.outermost.token_weights(rollout, steps)
         one_step = self.epochs == self.minibatches == 1  # the policy of the loss is then the one that sampled
-        old = None if one_step else self.old_log_probs(rollout, rows, steps)  # (B, n)
+        old = None if one_step else self.old_log_probs(rollout, steps)  # (B, n)
         seen: list[logs.Tokens] = []
-        norms = []
-        for _ in range(self.epochs):
-            order = torch.arange(rows, device=self.device)
-            if not one_step:
-                order = torch.randperm(rows, generator=self.generator, device=self.device)
-            for minibatch in order.chunk(self.minibatches):
+        norms: list[float] = []
+        for minibatch in self.minibatch_rows(rows, shuffle=not one_step):
+            shares = self.aggregate(weights.rows(minibatch), steps)  # (b, n)
+            here: list[logs.Tokens] = []
+            self.optimizer.zero_grad()
+            for part in self.places_to_learn(advantages[minibatch]).split(self.micro_batch or rows):
+                micro = minibatch[part]
+                before = None if old is None else old[micro]
+                loss, tokens = self.loss(rollout, micro, advantages[micro], shares.rows(part), before, steps)
+                self.require_finite("loss", loss)
+                loss.backward()
+                here.append(tokens)
+            if self.target_kl is not None and norms and logs.approx_kl(here) > 1.5 * self.target_kl:
                 self.optimizer.zero_grad()
-                for micro in self.rows_to_learn(minibatch, advantages).split(self.micro_batch or rows):
-                    loss, tokens = self.loss(rollout, micro, advantages[micro], weights, old, steps, len(minibatch))
-                    self.require_finite("loss", loss)
-                    loss.backward()
-                    seen.append(tokens)
-                norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-                self.require_finite("gradient norm", norm)
-                norms.append(norm.item())
-                self.optimizer.step()
+                break
+            norms.append(self.optimizer_step())
+            seen += here
         self._n_updates += 1
+        if self.refresh_reference and self.n_updates % self.refresh_reference == 0 and self.reference is not None:
+            self.reference.load_state_dict(self.policy.state_dict())
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
-        logs.record_update(
-            self.logger, seen, rows * self.epochs, steps, self.policy.schedule, self.clip_range, self.kl_coef > 0
-        )
+        logs.record_update(self.logger, seen, len(norms), steps, self.policy.schedule, self)
         self.logger.record("train/grad_norm", sum(norms) / len(norms))
+        self.logger.record("train/optimizer_steps", len(norms))
         self.logger.record("train/n_updates", self.n_updates)
         self.logger.record("time/update", elapsed)
 
@@ -176,61 +296,81 @@ class GRPO(Agent):
         weights: TokenWeights,
         old: Tensor | None,
         steps: range,
-        batch: int,
     ) -> tuple[Tensor, logs.Tokens]:
-        """The share of some rows in the loss of a minibatch of ``batch`` rows, and what was seen at their tokens."""
-        sizes = [self.policy.schedule.sizes[t] for t in steps]
-        logp, entropy, full = self.log_probs(self.policy, rollout, rows, steps)  # (B, n)
-        old_logp = logp.detach() if old is None else old[rows]
-        ratio = losses.policy_ratio(logp, old_logp, self.ratio_level, sizes)
-        policy_loss = losses.clipped_loss(ratio, advantages, self.clip_range)  # (B, n)
-        policy_weight, kl_weight = weights.policy[rows], weights.kl[rows] * self.kl_coef
+        """The share of some rows in the loss of an optimiser step, and what was seen at their tokens.
+
+        Args:
+            rows: int64, which rows of the rollout; ``b`` of them.
+            advantages: theirs, ``(b,)`` or ``(b, n)``.
+            weights: theirs, aggregated, ``(b, n)`` each.
+            old: their log-probabilities under the policy that sampled, ``(b, n)``; ``None`` when it is this one.
+        """
+        new = self.log_probs(self.policy, rollout, rows, steps)  # (b, n)
+        old = new.logp.detach() if old is None else old
+        policy_loss, ratio = self.policy_loss(new.logp, old, advantages, steps)  # (b, n)
+        kl_weight = weights.kl * (self.kl_coef if self.kl_in == "loss" else 0.0)
+        entropy_weight = weights.entropy * self.entropy_coef
         kl = torch.zeros_like(policy_loss)
-        if self.reference is not None:
-            with torch.no_grad():
-                ref_logp, _, ref_full = self.log_probs(self.reference, rollout, rows, steps)
-            if full is not None and ref_full is not None and self.kl == "full":
-                kl = losses.full_kl(full, ref_full)
-            else:
-                kl = losses.kl_estimate(logp, ref_logp, self.kl)
-        loss = losses.aggregate(policy_loss, policy_weight, batch) + losses.aggregate(kl, kl_weight, batch)
-        behaviour = torch.cat([rollout.behaviour_logp[t][rows] for t in steps], 1).sum(-1)  # (B, n)
-        seen = (policy_loss, kl, policy_weight, kl_weight, ratio, entropy, behaviour - old_logp)
+        if self.kl_coef and self.kl_in == "loss":
+            kl = self.kl_to_reference(rollout, rows, steps, new)
+        loss = (weights.policy * policy_loss).sum() + (kl_weight * kl).sum() - (entropy_weight * new.entropy).sum()
+        behaviour = torch.cat([rollout.behaviour_logp[t][rows] for t in steps], 1).sum(-1)  # (b, n)
+        seen = (policy_loss, kl, new.entropy, weights.policy, kl_weight, entropy_weight, ratio, behaviour - old)
         return loss, logs.Tokens(*(part.detach() for part in seen))
 
-    def log_probs(
-        self, policy: Policy, rollout: Rollout, rows: Tensor, steps: range
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probability and entropy of the tokens of ``steps``, ``(B, n)``, and where an option needs them all
-        log-probabilities, ``(B, n, D, V)``. The one source of old, new and reference log-probabilities."""
+    def policy_loss(self, logp: Tensor, old: Tensor, advantages: Tensor, steps: range) -> tuple[Tensor, Tensor]:
+        """The policy term at each token and the ratio in it, ``(b, n)`` both."""
+        sizes = [self.policy.schedule.sizes[t] for t in steps]
+        ratio = losses.policy_ratio(logp, old, self.ratio_level, sizes)
+        return losses.clipped_loss(ratio, advantages, self.clip_range, self.clip_range_high, self.dual_clip), ratio
+
+    def kl_to_reference(self, rollout: Rollout, rows: Tensor, steps: range, new: Predicted | None = None) -> Tensor:
+        """The KL of the policy to the reference at each token of some rows, ``(b, n)``."""
+        assert self.reference is not None
+        new = new or self.log_probs(self.policy, rollout, rows, steps)
+        with torch.no_grad():
+            ref = self.log_probs(self.reference, rollout, rows, steps)
+        if self.kl != "full":
+            return losses.kl_estimate(new.logp, ref.logp, self.kl)
+        assert new.everything is not None and ref.everything is not None
+        return losses.full_kl(new.everything, ref.everything)
+
+    def log_probs(self, policy: Policy, rollout: Rollout, rows: Tensor, steps: range) -> Predicted:
+        """What a policy says of the tokens of ``steps`` in some rows, ``(b, n)``, and where an option needs them all
+        log-probabilities. The one source of old, new and reference log-probabilities."""
         cond = policy.take(rollout.cond, rows)
         grids = [grid[rows] for grid in rollout.grids[: steps.stop]]
         if self.support == "model" and self.kl != "full":
-            logp, entropy = policy.evaluate(cond, grids, steps)  # (B, n, D)
-            return logp.sum(-1), entropy.sum(-1), None
+            logp, entropy = policy.evaluate(cond, grids, steps)  # (b, n, D)
+            return Predicted(logp.sum(-1), entropy.sum(-1))
         parts = [rollout.support[t] for t in steps] if self.support == "sampler" else [None]
         support = None if parts[0] is None else torch.cat([part[rows] for part in parts if part is not None], 1)
-        chosen = torch.cat([grids[t] for t in steps], 1)  # (B, n, D)
+        chosen = torch.cat([grids[t] for t in steps], 1)  # (b, n, D)
         return losses.log_probs(policy(cond, grids, steps), chosen, support)
 
     @torch.no_grad()
-    def old_log_probs(self, rollout: Rollout, rows: int, steps: range) -> Tensor:
-        """Log-probabilities before the first optimiser step, ``(B, n)``, in micro-batches."""
-        parts = torch.arange(rows, device=self.device).split(self.micro_batch or rows)
-        return torch.cat([self.log_probs(self.policy, rollout, part, steps)[0] for part in parts])
+    def old_log_probs(self, rollout: Rollout, steps: range) -> Tensor:
+        """Log-probabilities before the first optimiser step, ``(B, n)``."""
+        return self.in_micro_batches(lambda rows: self.log_probs(self.policy, rollout, rows, steps).logp, rollout)
 
-    def rows_to_learn(self, rows: Tensor, advantages: Tensor) -> Tensor:
-        """Without a KL term, rows of zero advantage have zero gradient and are left out; one stays, for its zeros."""
-        if self.kl_coef:
-            return rows
-        kept = rows[advantages[rows] != 0]
-        return kept if len(kept) else rows[:1]
+    def in_micro_batches(self, function: Callable[[Tensor], Tensor], rollout: Rollout) -> Tensor:
+        """A function of rows, int64 ``(b,)``, over all B of them."""
+        rows = torch.arange(len(rollout.scenes), device=self.device)
+        return torch.cat([function(part) for part in rows.split(self.micro_batch or len(rows))])
 
-    def require_finite(self, name: str, value: Tensor) -> None:
-        """``RuntimeError`` before a step is taken with a number that would ruin the weights."""
-        if not torch.isfinite(value):
-            self.optimizer.zero_grad()
-            raise RuntimeError(
-                f"the {name} of update {self.n_updates + 1} is {value.item()}: the step was not applied and the "
-                "weights are as before it; lower learning_rate, raise kl_coef, or load an earlier checkpoint"
-            )
+    def minibatch_rows(self, rows: int, shuffle: bool) -> Iterator[Tensor]:
+        """The rows of each optimiser step of an update, epoch after epoch."""
+        for _ in range(self.epochs):
+            order = torch.arange(rows, device=self.device)
+            if shuffle:
+                order = torch.randperm(rows, generator=self.generator, device=self.device)
+            yield from order.chunk(self.minibatches)
+
+    def places_to_learn(self, advantages: Tensor) -> Tensor:
+        """Where in a minibatch there is anything to learn, int64. With neither KL nor entropy in the loss, rows of zero
+        advantage have zero gradient and are left out; one stays, for its zeros."""
+        everything = torch.arange(len(advantages), device=self.device)
+        if (self.kl_coef and self.kl_in == "loss") or self.entropy_coef:
+            return everything
+        kept = everything[(advantages != 0).flatten(1).any(1) if advantages.ndim == 2 else advantages != 0]
+        return kept if len(kept) else everything[:1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from stable_baselines3.common.logger import Image, Logger, TensorBoardOutputFormat
@@ -13,6 +13,9 @@ from agents import pictures
 from agents.losses import per_grid
 from agents.rollout import Rollout
 from var_env.schedule import ScaleSchedule
+
+if TYPE_CHECKING:
+    from agents.grpo import GRPO
 
 EYES_ONLY = ("stdout", "log", "json", "csv")  # the writers that cannot show a picture
 
@@ -31,9 +34,9 @@ def scale_name(schedule: ScaleSchedule, t: int) -> str:
 def record_rollout(logger: Logger, rollout: Rollout) -> None:
     """``rollout/``: reward, its spread and parts; ``time/``: the phases of sampling."""
     for name, value in rollout.summary().items():
-        logger.record(f"rollout/{name}", value)
+        logger.record_mean(f"rollout/{name}", value)  # over all that were sampled since the last line of the log
     for phase, seconds in rollout.seconds.items():
-        logger.record(f"time/{phase}", seconds)
+        logger.record_mean(f"time/{phase}", seconds)
 
 
 def record_samples(logger: Logger, rollout: Rollout, prompts: int = 4, columns: int = 8) -> None:
@@ -56,45 +59,53 @@ class Tokens(NamedTuple):
 
     policy_loss: Tensor  # the clipped loss
     kl: Tensor  # to the reference
-    policy_weight: Tensor
-    kl_weight: Tensor  # the coefficient included
-    ratio: Tensor
     entropy: Tensor
+    policy_weight: Tensor  # what these three are multiplied with in the loss, coefficients included
+    kl_weight: Tensor
+    entropy_weight: Tensor
+    ratio: Tensor
     behaviour_gap: Tensor  # log sampler - log old policy
 
 
+def approx_kl(seen: Sequence[Tokens]) -> float:
+    """KL of the policy that sampled to the present one, a mean over tokens: k3 the other way round."""
+    ratio = torch.cat([tokens.ratio for tokens in seen])
+    return ((ratio - 1) - ratio.log()).mean().item()
+
+
 def record_update(
-    logger: Logger,
-    seen: Sequence[Tokens],
-    rows: int,
-    steps: range,
-    schedule: ScaleSchedule,
-    clip_range: float,
-    has_kl: bool,
+    logger: Logger, seen: Sequence[Tokens], optimizer_steps: int, steps: range, schedule: ScaleSchedule, agent: GRPO
 ) -> None:
     """``train/``: the losses that were minimised and their diagnosis; ``scale/``: the same for each grid of ``steps``.
 
-    Losses are means over ``rows`` samples, of which those with nothing to learn may be missing in ``seen``.
+    Losses are means over the optimiser steps. Rows with nothing to learn may be missing in ``seen``.
     """
     tokens = Tokens(*(torch.cat(part) for part in zip(*seen, strict=True)))
-    policy_terms, kl_terms = tokens.policy_weight * tokens.policy_loss, tokens.kl_weight * tokens.kl  # (B, n)
-    policy_loss, kl_loss = policy_terms.sum() / rows, kl_terms.sum() / rows
-    ratio = tokens.ratio
+    has_kl, has_bonus = bool(tokens.kl_weight.any()), bool(tokens.entropy_weight.any())
+    terms = {
+        "policy_loss": tokens.policy_weight * tokens.policy_loss,
+        "kl_loss": tokens.kl_weight * tokens.kl,
+        "entropy_loss": -tokens.entropy_weight * tokens.entropy,
+    }  # (B, n)
+    means = {name: part.sum() / optimizer_steps for name, part in terms.items()}
+    ratio, high = tokens.ratio, agent.clip_range if agent.clip_range_high is None else agent.clip_range_high
     values = {
-        "train/loss": policy_loss + kl_loss,
-        "train/policy_loss": policy_loss,
+        "train/loss": sum(means.values(), start=torch.zeros(())),
+        "train/policy_loss": means["policy_loss"],
         "train/entropy": tokens.entropy.mean(),
-        "train/approx_kl": ((ratio - 1) - ratio.log()).mean(),  # to the old policy: k3 the other way round
-        "train/clip_fraction": ((ratio - 1).abs() > clip_range).float().mean(),
+        "train/clip_fraction": ((ratio < 1 - agent.clip_range) | (ratio > 1 + high)).float().mean(),
         "train/ratio_mean": ratio.mean(),
         "train/ratio_min": ratio.min(),
         "train/ratio_max": ratio.max(),
         "rollout/behaviour_gap": tokens.behaviour_gap.mean(),
     }
     if has_kl:
-        values |= {"train/kl": tokens.kl.mean(), "train/kl_loss": kl_loss}
+        values |= {"train/kl": tokens.kl.mean(), "train/kl_loss": means["kl_loss"]}
+    if has_bonus:
+        values["train/entropy_loss"] = means["entropy_loss"]
     sizes = [schedule.sizes[t] for t in steps]
-    share = per_grid(policy_terms.abs() + kl_terms.abs(), sizes).sum(0)  # (grids,)
+    size = torch.stack([part.abs() for part in terms.values()]).sum(0)  # (B, n)
+    share = per_grid(size, sizes).sum(0)  # (grids,)
     share = share / share.sum().clamp(min=1e-12)
     entropy, kl = (per_grid(part, sizes).mean(0) / torch.tensor(sizes).to(part) for part in (tokens.entropy, tokens.kl))
     for i, t in enumerate(steps):
@@ -102,5 +113,6 @@ def record_update(
         values |= {f"scale/entropy_{name}": entropy[i], f"scale/loss_share_{name}": share[i]}
         if has_kl:
             values[f"scale/kl_{name}"] = kl[i]
+    logger.record("train/approx_kl", approx_kl(seen))
     for key, value in values.items():
         logger.record(key, value.item())

@@ -17,6 +17,7 @@ from torch import Tensor
 from agents import logs, pictures
 from agents.base import require_at_least
 from agents.grpo import GRPO, TokenWeights
+from agents.registry import register
 from agents.rollout import Rollout
 from agents.wrapper import Wrapper
 from var_env.schedule import ScaleSchedule
@@ -91,6 +92,7 @@ def overlap(coarse: int, fine: int) -> Tensor:
     return (torch.minimum(i + fine, j + coarse) - torch.maximum(i, j)).clamp(min=0).float()
 
 
+@register("mp")
 class MaskPropagation(Wrapper):
     """Gates the policy term by the propagated mask of each row's text. The KL term stays as it is.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agents.grpo import GRPO, TokenWeights
+from agents.registry import register
 from agents.rollout import Rollout
 from agents.wrapper import Wrapper
 from var_env.schedule import ScaleSchedule
@@ -25,8 +26,9 @@ def panw_weights(schedule: ScaleSchedule, alpha: float, steps: range | None = No
     return (k / (k * sizes).sum()).float().repeat_interleave(sizes)
 
 
+@register("panw")
 class PANW(Wrapper):
-    """Weights each token's policy term and KL by `panw_weights` over the grids of an update.
+    """Weights each token's terms of the loss, KL and entropy included, by `panw_weights` over the grids of an update.
 
     Args:
         agent: the agent to wrap.
@@ -43,4 +45,4 @@ class PANW(Wrapper):
         weights = self.agent.token_weights(rollout, steps)
         k = panw_weights(self.unwrapped.policy.schedule, self.alpha, steps).to(weights.policy)  # (n,)
         k = k * len(k)  # a mean of one, since the weights inside are a mean already
-        return TokenWeights(weights.policy * k, weights.kl * k)
+        return TokenWeights(*(part * k for part in weights))

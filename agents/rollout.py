@@ -8,9 +8,9 @@ pictures share is computed once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -24,6 +24,8 @@ from rewards.base import HasWords, Reward, RewardOutput
 from var_env.env import VARTextEnv
 from var_env.scenes import Scene
 from var_env.vector import VARTextVectorEnv
+
+T = TypeVar("T")
 
 
 def make_envs(env: str | gym.Env | gym.vector.VectorEnv, num_envs: int) -> VARTextVectorEnv:
@@ -61,13 +63,14 @@ class Rollout:
     behaviour_logp: list[Tensor]  # of (B, n_t, D), under the sampler
     tail_mass: list[Tensor]  # of (B, n_t, D), the model's probability of codes that the sampler could not draw
     support: list[Tensor | None]  # of bool (B, n_t, D, V), when it was kept and the sampler truncated
-    scores: Tensor  # (P, G) float32, what a row is worth
+    scores: Tensor  # (P, G) float32, what a row is worth: the reward, until an agent adds to it
     returns: Tensor  # (P, G, K) float32, the rewards of its pictures
     parts: dict[str, np.ndarray]  # each (B * K,)
     images: np.ndarray  # (B * K, S, S, 3) uint8
     words_read: list[list[str]]  # B * K
     regions: list[np.ndarray]  # B * K of (number found, 4), xyxy in pixels
     seconds: dict[str, float]  # "sampling", "reward", and "decode", all the rest of the environment
+    advantages: Tensor | None = None  # (B,) or (B, n), once an algorithm has judged the rows
 
     @property
     def suffixes(self) -> int:
@@ -100,6 +103,62 @@ class Rollout:
             support=[None if kept is None else kept[::suffixes] for kept in self.support[:grids]],
             scores=value(returns),
             returns=returns,
+        )
+
+    def groups(self, policy: Policy, keep: Tensor) -> Rollout:
+        """Some prompts with all their rows and pictures; ``policy`` made the condition, ``keep`` is bool ``(P,)``."""
+        rows = keep.repeat_interleave(self.scores.shape[1])  # (B,)
+        pictures = rows.repeat_interleave(self.suffixes).numpy()  # (B * K,)
+        index = rows.nonzero().flatten().to(self.grids[0].device)
+
+        def chosen(lists: Sequence[T], kept: Iterable[bool]) -> list[T]:
+            return [entry for entry, stays in zip(lists, kept, strict=True) if stays]
+
+        return replace(
+            self,
+            cond=policy.take(self.cond, index),
+            scenes=chosen(self.scenes, rows.tolist()),
+            grids=[grid[index] for grid in self.grids],
+            behaviour_logp=[logp[index] for logp in self.behaviour_logp],
+            tail_mass=[mass[index] for mass in self.tail_mass],
+            support=[None if kept is None else kept[index] for kept in self.support],
+            scores=self.scores[keep],
+            returns=self.returns[keep],
+            parts={name: values[pictures] for name, values in self.parts.items()},
+            images=self.images[pictures],
+            words_read=chosen(self.words_read, pictures.tolist()),
+            regions=chosen(self.regions, pictures.tolist()),
+            advantages=None,
+        )
+
+    @staticmethod
+    def concatenate(policy: Policy, rollouts: Sequence[Rollout]) -> Rollout:
+        """The prompts of several rollouts of the same G and K in one; ``policy`` encodes the prompts together."""
+        scenes = [scene for rollout in rollouts for scene in rollout.scenes]
+        first = rollouts[0]
+
+        def joined(name: str) -> list[Any]:
+            return [
+                None if parts[0] is None else torch.cat(parts)
+                for parts in zip(*(getattr(rollout, name) for rollout in rollouts), strict=True)
+            ]
+
+        return replace(
+            first,
+            cond=policy.encode_prompts([scene.prompt for scene in scenes]) if scenes else first.cond,
+            scenes=scenes,
+            grids=joined("grids"),
+            behaviour_logp=joined("behaviour_logp"),
+            tail_mass=joined("tail_mass"),
+            support=joined("support"),
+            scores=torch.cat([rollout.scores for rollout in rollouts]),
+            returns=torch.cat([rollout.returns for rollout in rollouts]),
+            parts={name: np.concatenate([rollout.parts[name] for rollout in rollouts]) for name in first.parts},
+            images=np.concatenate([rollout.images for rollout in rollouts]),
+            words_read=[words for rollout in rollouts for words in rollout.words_read],
+            regions=[boxes for rollout in rollouts for boxes in rollout.regions],
+            seconds={name: sum(rollout.seconds[name] for rollout in rollouts) for name in first.seconds},
+            advantages=None,
         )
 
     def summary(self) -> dict[str, float]:

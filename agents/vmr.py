@@ -20,9 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
-from agents import losses
 from agents.base import require_at_least
 from agents.grpo import GRPO
+from agents.registry import register
 from agents.rollout import Rollout
 
 ALTERNATIONS = ("fine", "coarse")
@@ -41,14 +41,15 @@ def middle_return(returns: Tensor, eta: float) -> Tensor:
     return best + eta * excess.expm1().mean(-1).log1p()  # log(mean(exp)), and exact for a large eta too
 
 
+@register("vmr")
 class VMR(GRPO):
     """Two-stage GRPO with the middle return.
 
     Args:
         policy, env: and more keywords, as in `GRPO`.
         split: the middle step m, how many grids the prefix has: a number of grids, or the resolution in pixels at
-            which the prefix ends, as ``"m_128"`` or a number larger than T. With ``m = T`` there is no suffix, and this
-            is vanilla GRPO.
+            which the prefix ends, as ``"m_128"`` or a number larger than T; ``"half"`` is half of the picture's. With
+            ``m = T`` there is no suffix, and this is vanilla GRPO.
         suffix_samples: K, suffixes that estimate the value of a prefix.
         eta: temperature of the soft value, in units of the reward.
         prefix_updates, suffix_updates: so many of the one, then so many of the other.
@@ -61,7 +62,7 @@ class VMR(GRPO):
         policy: Any,
         env: Any,
         *,
-        split: int | str,
+        split: int | str = "half",
         suffix_samples: int = 2,
         eta: float = 1.0,
         prefix_updates: int = 3,
@@ -103,9 +104,7 @@ class VMR(GRPO):
     def iterate(self) -> None:
         stage, everything = self.stage, range(len(self.policy.schedule))
         rollout = self.sample()
-        advantages = losses.group_advantages(rollout.scores, self.advantage_eps)  # (P, G)
-        steps = everything[: self.split] if stage == "prefix" else everything[self.split :]
-        self.update(rollout, advantages.flatten(), steps)
+        self.learn_from(rollout, everything[: self.split] if stage == "prefix" else everything[self.split :])
         self.logger.record("vmr/suffix_update", float(stage == "suffix"))
         self.logger.record(f"vmr/{stage}_std_in_group", rollout.scores.std(1, correction=0).mean().item())
 

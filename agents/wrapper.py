@@ -1,6 +1,12 @@
-"""Wrappers: they change how much each token counts in an agent's updates. PANW and MP are two.
+"""Wrappers: they change what an agent learns from a rollout. PANW, MP and the parts of STAGE are wrappers.
 
-A wrapper of your own overrides `token_weights`, calls the one inside, and returns something else::
+There are three hooks, each called once for a rollout, in this order:
+
+- `scores`, ``(P, G)``: what each row is worth, before it is compared with its group;
+- `token_advantages`, ``(B, n)``: how good each token was, from the algorithm's ``rollout.advantages``;
+- `token_weights`: how much each token counts against the others, in the policy term, the KL and the entropy bonus.
+
+A wrapper of your own overrides some of them, calls the one inside, and returns something else::
 
     class CoarseOnly(Wrapper):
         def __init__(self, agent, *, scales=3):
@@ -22,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stable_baselines3.common.type_aliases import MaybeCallback
+from torch import Tensor
 
 from agents import checkpoint
 from agents.grpo import GRPO, TokenWeights
@@ -50,12 +57,20 @@ class Wrapper:
 
     def __init__(self, agent: GRPO | Wrapper) -> None:
         if not isinstance(agent, GRPO | Wrapper):
-            raise TypeError(f"{type(self).__name__} wraps an agent, such as GRPO or VMR, got {agent!r}")
+            raise TypeError(f"{type(self).__name__} wraps GRPO or an algorithm derived from it, got {agent!r}")
         innermost: GRPO = agent.unwrapped
         if agent is not innermost.outermost:
             raise ValueError(f"{agent} is already inside {innermost.outermost}: wrap that one")
         self.agent, self.unwrapped = agent, innermost
         innermost.outermost = self
+
+    def scores(self, rollout: Rollout, steps: range) -> Tensor:
+        """What each row is worth, ``(P, G)``, see `GRPO.scores`."""
+        return self.agent.scores(rollout, steps)
+
+    def token_advantages(self, rollout: Rollout, steps: range) -> Tensor:
+        """The advantage of each token of ``steps``, ``(B, n)``, see `GRPO.token_advantages`."""
+        return self.agent.token_advantages(rollout, steps)
 
     def token_weights(self, rollout: Rollout, steps: range) -> TokenWeights:
         """The weights of the tokens of ``steps``, see `GRPO.token_weights`."""

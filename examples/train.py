@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ SETTINGS: dict[str, str] = {  # options of the agent that are numbers; the defau
     "max_grad_norm": "the gradient is scaled down to this norm",
     "image_interval": "updates between two pictures of samples in TensorBoard; 0 for none",
 }
-CHOICES: dict[str, tuple[Sequence[str], str]] = {
+CHOICES: dict[str, tuple[Iterable[str], str]] = {
     "kl": (KL_KINDS, "how the KL is estimated"),
     "ratio_level": (RATIO_LEVELS, "level of the importance ratios"),
     "support": (("model", "sampler"), "sampler: renormalise log-probabilities on what a truncated sampler can draw"),

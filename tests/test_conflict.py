@@ -76,7 +76,7 @@ class TestScaleGradients:
         other = {"kl": "policy", "policy": "kl"}[term]
         weights = weights._replace(**{other: torch.zeros(8, 21)})
         advantages = group_advantages(rollout.scores).flatten()
-        loss, _ = agent.loss(rollout, rows, advantages, weights, None, range(T), 8)
+        loss, _ = agent.loss(rollout, rows, advantages, agent.aggregate(weights, range(T)), None, range(T))
         found = scale_gradients(agent, rollout, weights)
         assert found.shape[0] == T and (found.norm(dim=1) > 1e-4).all()
         torch.testing.assert_close(found.sum(0), flat(loss, agent.policy), atol=1e-5, rtol=1e-3)

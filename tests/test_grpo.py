@@ -32,12 +32,12 @@ class TestUpdate:
     def test_loss_and_gradient_match_a_naive_loop(self, parts):
         agent = tiny_agent(parts, kl_coef=0.3, epochs=2, ratio_level="token")
         rollout = agent.sample()
-        old = agent.old_log_probs(rollout, 8, EVERYTHING)
+        old = agent.old_log_probs(rollout, EVERYTHING)
         nudge(agent)
         advantages = group_advantages(rollout.scores).flatten()
         weights = agent.token_weights(rollout, EVERYTHING)
         rows = torch.arange(8)
-        loss, _ = agent.loss(rollout, rows, advantages, weights, old, EVERYTHING, 8)
+        loss, _ = agent.loss(rollout, rows, advantages, agent.aggregate(weights, EVERYTHING), old, EVERYTHING)
         loss.backward()
         fast = {name: p.grad.clone() for name, p in agent.policy.named_parameters() if p.grad is not None}
         agent.policy.zero_grad()

@@ -169,17 +169,42 @@ class TestKL:
 
 
 class TestAggregation:
-    def test_token_mean(self):
-        values = randn(4, 6)
-        weights = losses.uniform_weights(4, (1, 5))
-        torch.testing.assert_close(losses.aggregate(values, weights, 4), values.mean())
+    SIZES = (1, 4, 3)
 
-    @pytest.mark.parametrize("cuts", [[7], [1] * 7, [3, 4], [5, 1, 1]])
-    def test_invariant_to_micro_batches(self, cuts):
-        values, weights = randn(7, 6).double(), torch.rand(7, 6, dtype=torch.float64)
-        whole = losses.aggregate(values, weights, 7)
-        parts = [losses.aggregate(v, w, 7) for v, w in zip(values.split(cuts), weights.split(cuts), strict=True)]
-        torch.testing.assert_close(sum(parts), whole)
+    @pytest.mark.parametrize("name", ["constant", "token_mean", "sequence_mean"])
+    def test_the_mean_over_tokens_when_nothing_is_masked(self, name):
+        values = randn(5, 8)
+        weights = losses.AGGREGATIONS[name](losses.uniform_weights(5, self.SIZES), self.SIZES)
+        torch.testing.assert_close((weights * values).sum(), values.mean())
+
+    @pytest.mark.parametrize("name", list(losses.AGGREGATIONS))
+    def test_matches_a_naive_loop(self, name):
+        generator = torch.Generator().manual_seed(0)
+        mask = torch.rand(5, 8, generator=generator) < 0.5
+        mask[0] = False  # a row of which nothing is kept
+        mask[1, 1:5] = False  # and a grid
+        values = randn(5, 8)
+        weights = losses.AGGREGATIONS[name](losses.uniform_weights(5, self.SIZES) * mask, self.SIZES)
+        assert torch.isfinite(weights).all()
+        assert (weights * values).sum().item() == pytest.approx(self.naive(name, values, mask), abs=1e-6)
+
+    def naive(self, name, values, mask):
+        kept = [
+            [v for v, m in zip(row, on, strict=True) if m]
+            for row, on in zip(values.tolist(), mask.tolist(), strict=True)
+        ]
+        if name == "constant":
+            return sum(sum(row) / 8 for row in kept) / 5
+        if name == "token_mean":
+            return sum(map(sum, kept)) / sum(map(len, kept))
+        if name == "sequence_mean":
+            return sum(sum(row) / len(row) for row in kept if row) / 5
+        assert name == "step_mean"
+        total = 0.0
+        for row, on in zip(values, mask, strict=True):
+            for part, kept in zip(row.split(self.SIZES), on.split(self.SIZES), strict=True):
+                total += part[kept].mean().item() if kept.any() else 0.0
+        return total / 3 / 5
 
     def test_per_grid_matches_a_naive_loop(self):
         values, sizes = randn(3, 8), (1, 4, 3)

@@ -274,7 +274,8 @@ class TestGradient:
                 return seen[-1]
 
             agent.policy.forward = spy
-            loss, _ = agent.loss(rollout, torch.arange(8), advantages, weights, None, EVERYTHING, 8)
+            shares = agent.aggregate(weights, EVERYTHING)
+            loss, _ = agent.loss(rollout, torch.arange(8), advantages, shares, None, EVERYTHING)
             loss.backward()
             return seen[0].grad[:, :, 0]  # (B, L, V)
 

@@ -43,7 +43,7 @@ def test_loss_is_a_weighted_sum_over_tokens(parts, steps):
     rollout = agent.sample()
     advantages = group_advantages(rollout.scores).flatten()
     weights = agent.token_weights(rollout, steps)
-    loss, seen = agent.loss(rollout, torch.arange(8), advantages, weights, None, steps, 8)
+    loss, seen = agent.loss(rollout, torch.arange(8), advantages, agent.aggregate(weights, steps), None, steps)
     total = 0.0
     for b in range(8):
         norm, row, i = sum(SIZES[t] * SIZES[t] ** -0.6 for t in steps), 0.0, 0

@@ -63,8 +63,8 @@ class TestVanilla:
             rollout = agent.sample()
             advantages = group_advantages(rollout.scores).flatten()
             found.append(gradients(agent, rollout, advantages))
-            weights = agent.token_weights(rollout, range(3))
-            loss, _ = agent.loss(rollout, torch.arange(8), advantages, weights, None, range(3), 8)
+            shares = agent.aggregate(agent.token_weights(rollout, range(3)), range(3))
+            loss, _ = agent.loss(rollout, torch.arange(8), advantages, shares, None, range(3))
             found.append({"loss": loss})
         assert_same(found[0], found[2], atol=0, rtol=0)
         assert_same(found[1], found[3], atol=0, rtol=0)
@@ -115,7 +115,7 @@ class TestStages:
         advantages, learned = agent.asked
         assert learned == steps
         weights = agent.token_weights(rollout, learned)
-        loss, _ = agent.loss(rollout, torch.arange(rows), advantages, weights, None, learned, rows)
+        loss, _ = agent.loss(rollout, torch.arange(rows), advantages, agent.aggregate(weights, learned), None, learned)
         loss.backward()
         for t, table in enumerate(tables):
             assert (table.grad is not None and table.grad.abs().max() > 0) == (t in steps)
@@ -203,9 +203,8 @@ class TestOptions:
         with pytest.raises(ValueError, match=message):
             tiny_agent(parts, VMR, **options)
 
-    def test_split_is_required(self, parts):
-        with pytest.raises(TypeError, match="split"):
-            tiny_agent(parts, VMR)
+    def test_splits_in_the_middle_unless_told(self, parts):
+        assert tiny_agent(parts, VMR).split == 2  # 32 of 64 pixels
 
     def test_says_what_it_is(self, parts):
         assert str(tiny_agent(parts, VMR, split="m_32")) == "VMR(split=2, suffix_samples=2, eta=1.0)"

@@ -137,5 +137,5 @@ def test_wrapping_twice_from_the_inside(parts):
 
 
 def test_wraps_agents_only():
-    with pytest.raises(TypeError, match="First wraps an agent"):
+    with pytest.raises(TypeError, match="First wraps GRPO"):
         First("base")

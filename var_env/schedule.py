@@ -114,12 +114,15 @@ class ScaleSchedule:
         Args:
             split: a whole number from 1 to T is m itself, the number of grids in the prefix, and a larger one a
                 resolution for ``split``. ``"m_128"`` is the resolution in any case, as the paper writes it: in
-                the 1024-pixel schedule 16 is a number of grids, and ``"m_16"`` the first of them.
+                the 1024-pixel schedule 16 is a number of grids, and ``"m_16"`` the first of them. ``"half"`` is the
+                first grid that shows at least half of the picture's resolution.
 
         Raises:
             ValueError: neither; the message lists what the schedule has.
         """
         resolutions = {f"m_{max(grid) * self.patch}": max(grid) * self.patch for grid in self.grids}
+        if split == "half":
+            return next(m for m, grid in enumerate(self.grids, 1) if 2 * max(grid) >= max(self.grids[-1]))
         if isinstance(split, str) and split in resolutions:
             return self.split(resolutions[split])
         if isinstance(split, int) and 1 <= split <= len(self):
@@ -128,7 +131,7 @@ class ScaleSchedule:
             return self.split(split)
         raise ValueError(
             f"split must be the number of prefix grids, 1 to {len(self)}, or the prefix's resolution in pixels, "
-            f"one of {', '.join(resolutions)}; got {split!r}"
+            f"one of half, {', '.join(resolutions)}; got {split!r}"
         )
 
     def split_grids(self, flat: Tensor) -> list[Tensor]:
