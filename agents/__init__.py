@@ -9,22 +9,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agents.base import Agent
-    from agents.callbacks import HeldOutEval, StopAfter
+    from agents.best_of_n import BestOfN
+    from agents.callbacks import BestCheckpoint, HeldOutEval, StopAfter
     from agents.checkpoint import load
     from agents.conflict import ConflictProbe
     from agents.evaluation import bootstrap_interval, evaluate, held_out_scenes
     from agents.grpo import GRPO
     from agents.mask_propagation import MaskPropagation
     from agents.panw import PANW
+    from agents.ppo import PPO
+    from agents.raft import RAFT
     from agents.registry import make, register
+    from agents.reinforce import REINFORCE
+    from agents.rloo import RLOO
     from agents.sampling import Decoding
+    from agents.stage import EntropyReward, SimilarityAdvantage, SimilarityKL
     from agents.vmr import VMR
     from agents.wrapper import Wrapper
 
 _HOMES = {  # imported when first asked for: torch and Stable-Baselines3 take seconds
     "PANW": "panw",
+    "PPO": "ppo",
+    "RAFT": "raft",
+    "REINFORCE": "reinforce",
+    "RLOO": "rloo",
     "VMR": "vmr",
     "Agent": "base",
+    "BestCheckpoint": "callbacks",
+    "BestOfN": "best_of_n",
     "ConflictProbe": "conflict",
     "HeldOutEval": "callbacks",
     "StopAfter": "callbacks",
@@ -34,6 +46,9 @@ _HOMES = {  # imported when first asked for: torch and Stable-Baselines3 take se
     "GRPO": "grpo",
     "MaskPropagation": "mask_propagation",
     "Decoding": "sampling",
+    "EntropyReward": "stage",
+    "SimilarityAdvantage": "stage",
+    "SimilarityKL": "stage",
     "Wrapper": "wrapper",
     "load": "checkpoint",
     "make": "registry",
@@ -42,12 +57,21 @@ _HOMES = {  # imported when first asked for: torch and Stable-Baselines3 take se
 __all__ = [
     "GRPO",
     "PANW",
+    "PPO",
+    "RAFT",
+    "REINFORCE",
+    "RLOO",
     "VMR",
     "Agent",
+    "BestCheckpoint",
+    "BestOfN",
     "ConflictProbe",
     "Decoding",
+    "EntropyReward",
     "HeldOutEval",
     "MaskPropagation",
+    "SimilarityAdvantage",
+    "SimilarityKL",
     "StopAfter",
     "Wrapper",
     "bootstrap_interval",

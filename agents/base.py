@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import time
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from agents import checkpoint, logs
 from agents.callbacks import SampleProgressBar
 from agents.policies.base import Policy
+from agents.policies.lora import add_lora
 from agents.rollout import Rollout, act, collect, make_envs
 from agents.sampling import Decoding
 from var_env.vector import VARTextVectorEnv
@@ -52,6 +54,9 @@ class Agent(BaseAlgorithm):
         max_grad_norm: the gradient is scaled down to this norm.
         ema_decay: keeps an exponential moving average of the weights, ``ema = decay ema + (1 - decay) policy`` after
             every optimiser step, which is then what is evaluated. ``None``: without.
+        lora: options of ``policies.lora.add_lora``, such as ``{"r": 8}``: trains low-rank adapters and leaves the
+            weights as they are. Needs the extra "lora". ``None``: trains all weights, or the adapters that the policy
+            has already.
         decoding: how training samples are drawn.
         image_interval: updates between two pictures of samples in TensorBoard; 0 for none.
         seed: ``None`` draws one.
@@ -79,6 +84,7 @@ class Agent(BaseAlgorithm):
         learning_rate: float | Schedule = 5e-5,
         max_grad_norm: float = 1.0,
         ema_decay: float | None = None,
+        lora: Mapping[str, Any] | None = None,
         decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
         image_interval: int = 10,
         seed: int | None = None,
@@ -107,6 +113,8 @@ class Agent(BaseAlgorithm):
             raise ValueError(f"ema_decay must be at least 0 and below 1, got {ema_decay}")
         self.policy = policy.to(self.device)
         self.policy.tokenizer.to(self.device)
+        if lora is not None and _init_setup_model:  # one from a checkpoint has its adapters
+            add_lora(self.policy, seed=seed or 0, **lora)
         self.reference: Policy | None = None
         self.ema: Policy | None = None
         self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
@@ -172,6 +180,11 @@ class Agent(BaseAlgorithm):
     def best_policy(self) -> Policy:
         """What to evaluate and to ship: the averaged policy if there is one, else the policy."""
         return self.policy if self.ema is None else self.ema
+
+    @property
+    def best_of(self) -> int:
+        """Pictures drawn for each prompt in evaluations, of which the best rewarded counts. 1 but for `BestOfN`."""
+        return 1
 
     def timesteps(self, images: int) -> int:
         """Environment steps in which this agent decodes about as many pictures, for ``learn(total_timesteps)``."""
@@ -316,6 +329,18 @@ class Agent(BaseAlgorithm):
             self.logger.record(name, value)
         self.logger.dump(self.num_timesteps)
 
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Around the learning of an iteration: sets the learning rate, and counts and times the update."""
+        start = time.perf_counter()
+        self._update_learning_rate(self.optimizer)
+        yield
+        self._n_updates += 1
+        elapsed = time.perf_counter() - start
+        self.seconds += elapsed
+        self.logger.record("train/n_updates", self.n_updates)
+        self.logger.record("time/update", elapsed)
+
     def optimizer_step(self) -> float:
         """Clip the gradient, take the step, move the average; returns the gradient's norm.
 
@@ -327,7 +352,8 @@ class Agent(BaseAlgorithm):
         self.optimizer.step()
         if self.ema is not None:
             assert self.ema_decay is not None
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.policy.parameters()), 1 - self.ema_decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), list(self.policy.parameters()), 1 - self.ema_decay)
         return norm.item()
 
     def require_finite(self, name: str, value: Tensor) -> None:
@@ -395,6 +421,13 @@ class Agent(BaseAlgorithm):
 def frozen_copy(policy: Policy) -> Policy:
     """Weights of its own, without gradients; the tokenizer is shared."""
     return copy.deepcopy(policy, {id(policy.tokenizer): policy.tokenizer}).requires_grad_(False)
+
+
+def require_choice(choices: Iterable[str], **options: str) -> None:
+    """``ValueError`` naming the first option that is none of the choices."""
+    for name, value in options.items():
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
 
 
 def require_at_least(least: int, **options: int) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 
@@ -12,6 +15,9 @@ from var_env.scenes import Scene
 if TYPE_CHECKING:
     from agents.base import Agent
     from agents.evaluation import Evaluation
+
+
+LOWER_IS_BETTER = ("nothing_read",)  # of the metrics in Evaluation.means()
 
 
 class AgentCallback(BaseCallback):
@@ -85,13 +91,18 @@ class HeldOutEval(AgentCallback):
         self.history: list[tuple[int, Evaluation]] = []
 
     def _on_rollout_start(self) -> None:
-        if self.model.n_updates % self.every == 0:
+        if self.model.n_updates % self.every == 0 and not self.is_up_to_date:  # resampling starts several rollouts
             self.evaluate()
 
     def _on_training_end(self) -> None:
-        if not self.history or self.history[-1][0] != self.model.n_updates:
+        if not self.is_up_to_date:
             self.evaluate()
             self.logger.dump(self.model.num_timesteps)
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether there was no update since the last evaluation."""
+        return bool(self.history) and self.history[-1][0] == self.model.n_updates
 
     def evaluate(self) -> None:
         """Evaluate now, and record."""
@@ -101,10 +112,61 @@ class HeldOutEval(AgentCallback):
         assert agent.env is not None
         self.scenes = self.scenes or held_out_scenes(agent.env.world, self.count, self.seed, self.split)
         decoding = self.decoding or agent.decoding
-        result = evaluate(agent.best_policy, agent.env, self.scenes, decoding, self.seed, self.batch_size)
+        result = evaluate(
+            agent.best_policy, agent.env, self.scenes, decoding, self.seed, self.batch_size, agent.best_of
+        )
         self.history.append((agent.n_updates, result))
         for name, value in result.means().items():
             self.logger.record(f"eval/{name}", value)
+
+
+class BestCheckpoint(HeldOutEval):
+    """Evaluates as `HeldOutEval` does, and keeps the policy with the best value so far in a file of weights.
+
+    Training raises the reward whether or not the pictures become better, so the choice is made by a metric that is not
+    the reward. What is kept is the agent's ``best_policy``, and the first of equals. Logs ``eval/best_word_accuracy``,
+    or whatever the metric is called.
+
+    The best value is not part of an agent's file. It stands beside the weights, in a JSON file of the same name, from
+    which ``go_on()`` takes it when a run is resumed.
+
+    Args:
+        path: of the safetensors file, replaced as a whole. For ``VARTextPolicy.load`` and ``evaluate.py --policy``.
+        metric: a name in ``Evaluation.means()``. Higher is better, but for "nothing_read".
+        held_out: options of `HeldOutEval`.
+
+    Attributes:
+        best: the value of the policy in the file, ``None`` before there is one.
+
+    Raises:
+        ValueError: at the first evaluation, when there is no such metric.
+    """
+
+    def __init__(self, path: str | Path, metric: str = "word_accuracy", **held_out: Any) -> None:
+        super().__init__(**held_out)
+        self.path, self.metric = Path(path), metric
+        self.best: float | None = None
+
+    def go_on(self) -> None:
+        """Take up the best value of an earlier part of the run, if there was one."""
+        if self.path.with_suffix(".json").is_file():
+            about = json.loads(self.path.with_suffix(".json").read_text())
+            self.best = about["value"] if about["metric"] == self.metric else None
+
+    def evaluate(self) -> None:
+        super().evaluate()
+        means = self.history[-1][1].means()
+        if self.metric not in means:
+            raise ValueError(f"unknown metric {self.metric!r}: choose one of {', '.join(means)}")
+        sign = -1 if self.metric in LOWER_IS_BETTER else 1
+        if self.best is None or sign * means[self.metric] > sign * self.best:
+            part = self.path.with_name(self.path.name + ".part")
+            self.model.best_policy.save(part)
+            os.replace(part, self.path)
+            self.best = means[self.metric]
+            about = {"metric": self.metric, "value": self.best, "updates": self.model.n_updates, "split": self.split}
+            self.path.with_suffix(".json").write_text(json.dumps(about) + "\n")
+        self.logger.record(f"eval/best_{self.metric}", self.best)
 
 
 class SampleProgressBar(ProgressBarCallback):
@@ -120,4 +182,4 @@ class SampleProgressBar(ProgressBarCallback):
         return True
 
 
-__all__ = ["HeldOutEval", "StopAfter"]
+__all__ = ["BestCheckpoint", "HeldOutEval", "StopAfter"]

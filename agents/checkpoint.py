@@ -1,6 +1,6 @@
-"""An agent on disk: Stable-Baselines3's zip (settings and counters as JSON, the optimiser's state), and inside it
-policy, reference policy and tokenizer as safetensors, so that a checkpoint stands alone. Wrappers are kept as their
-classes and options."""
+"""An agent on disk: Stable-Baselines3's zip (settings and counters as JSON, the state of the optimiser and of what else
+``_get_torch_save_params`` names), and inside it policy, reference policy and tokenizer as safetensors, so that a
+checkpoint stands alone. Wrappers are kept as their classes and options."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def write(agent: Agent, path: str | Path | BinaryIO, left_out: Collection[str]) 
     data["wrapper_settings"] = [wrapper.settings() for wrapper in agent.wrappers]
     modules: dict[str, Any] = {"policy": agent.policy, "tokenizer": agent.policy.tokenizer}
     modules |= {name: getattr(agent, name) for name in ("reference", "ema") if getattr(agent, name) is not None}
+    states = [name for name in agent._get_torch_save_params()[0] if name not in modules]  # the optimiser, a critic
     buffer = io.BytesIO()
-    save_to_zip_file(buffer, data=data, params={"optimizer": agent.optimizer.state_dict()})
+    save_to_zip_file(buffer, data=data, params={name: getattr(agent, name).state_dict() for name in states})
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(buffer, "a") as archive:
         for name, module in modules.items():
             file = Path(folder) / f"{name}.safetensors"
@@ -67,7 +68,7 @@ def load(
         ValueError: the file is damaged, no agent wrote it, or it holds another agent than expected; or a setting to
             change does not exist.
     """
-    data, optimizer, modules = _unpack(path, device, custom_objects)
+    data, states, modules = _unpack(path, device, custom_objects)
     agent_class, generator_state = data.pop("agent_class"), data.pop("generator_state")
     wrappers = list(zip(data.pop("wrapper_classes"), data.pop("wrapper_settings"), strict=True))
     del data["tokenizer_class"]
@@ -85,7 +86,8 @@ def load(
     vars(agent).update({name: value for name, value in data.items() if name not in own})
     agent._setup_model()
     agent._rollouts = data["_rollouts"]  # seeding starts them again
-    agent.optimizer.load_state_dict(optimizer)
+    for name, state in states.items():
+        getattr(agent, name).load_state_dict(state)
     agent.generator.set_state(torch.frombuffer(bytearray(generator_state), dtype=torch.uint8))
     for name in modules.keys() & {"reference", "ema"}:
         setattr(agent, name, modules[name].to(agent.device).eval().requires_grad_(False))
@@ -101,7 +103,7 @@ def load(
 def _unpack(
     path: str | Path | BinaryIO, device: torch.device | str, custom_objects: dict[str, Any] | None
 ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-    """The settings, the optimiser's state and the modules of a checkpoint."""
+    """The settings, the states of the optimiser and the like, and the modules of a checkpoint."""
     file = open_path(path, "r", suffix="zip")  # type: ignore[arg-type]
     try:
         content = io.BytesIO(file.read())
@@ -111,10 +113,11 @@ def _unpack(
             archive.extractall(folder, names)
             files = {Path(name).stem: Path(folder) / name for name in names}
             assert data is not None, "it holds no settings"
+            assert "optimizer" in params, "it holds no state of an optimiser"
             modules = {"tokenizer": data["tokenizer_class"].load(files["tokenizer"])}
             for name in files.keys() - modules.keys():
                 modules[name] = data["policy_class"].load(files[name], tokenizer=modules["tokenizer"])
-            return data, params["optimizer"], modules
+            return data, params, modules
     except (AssertionError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged or was not written by an agent's save(): {error}") from error
     finally:

@@ -115,12 +115,11 @@ def measure(agent: GRPO | Wrapper, rollout: Rollout) -> Conflict:
     if half == 0:
         raise ValueError("need a rollout of at least 2 prompts, to compare the gradients of its halves; got 1")
     logger, core._logger = core.logger, Logger(None, [])  # wrappers log their weights, but this is no update
-    seconds = core.seconds
     try:
         rollout = core.judge(rollout, range(len(core.policy.schedule)))
         weights = core.outermost.token_weights(rollout, range(len(core.policy.schedule)))
     finally:
-        core._logger, core.seconds = logger, seconds
+        core._logger = logger
     policy_term, kl_term = only("policy", weights), only("kl", weights)
     first, second = (scale_gradients(agent, rollout, policy_term, part) for part in (rows[:half], rows[half:]))
     kl = scale_gradients(agent, rollout, kl_term) if core.kl_coef else torch.zeros_like(first)
@@ -165,13 +164,18 @@ class ConflictProbe(AgentCallback):
         self.history: list[Conflict] = []
 
     def _on_rollout_start(self) -> None:
-        if self.model.n_updates % self.every == 0:
+        if self.model.n_updates % self.every == 0 and not self.is_up_to_date:  # resampling starts several rollouts
             self.measure()
 
     def _on_training_end(self) -> None:
-        if not self.history or self.history[-1].update != self.model.n_updates:
+        if not self.is_up_to_date:
             self.measure()
             self.logger.dump(self.model.num_timesteps)
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether there was no update since the last measurement."""
+        return bool(self.history) and self.history[-1].update == self.model.n_updates
 
     def measure(self) -> None:
         """Measure now, and record."""

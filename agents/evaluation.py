@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from agents.base import require_at_least
 from agents.policies.base import Policy
 from agents.rollout import collect, resized
 from agents.sampling import Decoding
@@ -55,15 +56,19 @@ def evaluate(
     decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
     seed: int = 0,
     batch_size: int = 64,
+    best_of: int = 1,
 ) -> Evaluation:
-    """Draw one picture for each prompt and score it. The same arguments give the same result.
+    """Draw one picture for each prompt, or the best of several, and score it. The same arguments, the same result.
 
     Args:
         env: gives world, tokenizer and reward; or the arguments of ``VARTextVectorEnv`` but ``num_envs``.
         prompts: scenes, or how many to draw from the test split with ``seed``.
         seed: of the sampler's noise. It reaches no generator but its own, so evaluating does not change training.
         batch_size: pictures at a time; another size draws other noise.
+        best_of: pictures for each prompt, of which the one with the highest reward is kept, the first of equals.
+            All that is returned is of the picture kept, so that word accuracy and NED tell what the choice is worth.
     """
+    require_at_least(1, batch_size=batch_size, best_of=best_of)
     base = env if isinstance(env, VARTextVectorEnv) else VARTextVectorEnv(1, **env)
     scenes = held_out_scenes(base.world, prompts, seed) if isinstance(prompts, int) else list(prompts)
     if not scenes:
@@ -72,9 +77,12 @@ def evaluate(
     training = policy.training
     policy.eval()
     rollouts = []
-    for start in range(0, len(scenes), batch_size):
-        batch = scenes[start : start + batch_size]
-        rollouts.append(collect(policy, resized(base, len(batch)), 1, decoding, generator, scenes=batch))
+    prompts_at_once = max(1, batch_size // best_of)
+    for start in range(0, len(scenes), prompts_at_once):
+        batch = scenes[start : start + prompts_at_once]
+        drawn = collect(policy, resized(base, len(batch)), best_of, decoding, generator, scenes=batch)
+        best = drawn.scores.argmax(1, keepdim=True)  # (P, 1)
+        rollouts.append(drawn.rows(policy, torch.arange(len(batch))[:, None] * best_of + best))
     policy.train(training)
     words_read = [words for rollout in rollouts for words in rollout.words_read]
     pairs = [(scene.words, read) for scene, read in zip(scenes, words_read, strict=True)]

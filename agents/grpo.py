@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from agents import logs, losses
-from agents.base import Agent, StopLearning, frozen_copy, require_at_least
+from agents.base import Agent, StopLearning, frozen_copy, require_at_least, require_choice
 from agents.losses import Predicted
 from agents.policies.base import Policy
 from agents.registry import register
@@ -52,7 +52,7 @@ class TokenWeights(NamedTuple):
 
 @register("grpo")
 class GRPO(Agent):
-    """Group relative policy optimisation.
+    """Group relative policy optimisation: a reward against those of its group, for all tokens.
 
     Args:
         policy, env: and more keywords, as in `Agent`.
@@ -111,17 +111,13 @@ class GRPO(Agent):
         refresh_reference: int = 0,
         **common: Any,
     ) -> None:
-        for name, value, choices in (
-            ("kl", kl, (*losses.KL_ESTIMATES, "full")),
-            ("kl_in", kl_in, KL_PLACES),
-            ("ratio_level", ratio_level, losses.RATIO_LEVELS),
-            ("aggregation", aggregation, losses.AGGREGATIONS),
-            ("advantage_scale", advantage_scale, losses.ADVANTAGE_SCALES),
-            ("dynamic_sampling", dynamic_sampling, DYNAMIC_SAMPLING),
-            ("support", support, ("model", "sampler")),
-        ):
-            if value not in choices:
-                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+        require_choice((*losses.KL_ESTIMATES, "full"), kl=kl)
+        require_choice(KL_PLACES, kl_in=kl_in)
+        require_choice(losses.RATIO_LEVELS, ratio_level=ratio_level)
+        require_choice(losses.AGGREGATIONS, aggregation=aggregation)
+        require_choice(losses.ADVANTAGE_SCALES, advantage_scale=advantage_scale)
+        require_choice(DYNAMIC_SAMPLING, dynamic_sampling=dynamic_sampling)
+        require_choice(("model", "sampler"), support=support)
         require_at_least(1, epochs=epochs, minibatches=minibatches, micro_batch=micro_batch or 1)
         require_at_least(1, max_batches=max_batches)
         require_at_least(0, refresh_reference=refresh_reference)
@@ -200,16 +196,16 @@ class GRPO(Agent):
 
     def learn_from(self, rollout: Rollout, steps: range) -> None:
         """One update of the grids in ``steps`` from a rollout, wrappers included."""
+        start = time.perf_counter()
         rollout = self.judge(rollout, steps)
-        self.update(rollout, self.outermost.token_advantages(rollout, steps), steps)
+        advantages = self.outermost.token_advantages(rollout, steps)
+        self.seconds += time.perf_counter() - start
+        self.update(rollout, advantages, steps)
 
     def judge(self, rollout: Rollout, steps: range) -> Rollout:
         """The rollout with its ``scores`` as the agent sees them, and with its ``advantages``."""
-        start = time.perf_counter()
         rollout = replace(rollout, scores=self.outermost.scores(rollout, steps))
-        rollout = replace(rollout, advantages=self.advantages(rollout, steps).to(self.device))
-        self.seconds += time.perf_counter() - start
-        return rollout
+        return replace(rollout, advantages=self.advantages(rollout, steps).to(self.device))
 
     def scores(self, rollout: Rollout, steps: range) -> Tensor:
         """A hook of the wrappers: what each row is worth, ``(P, G)``. Here its reward, less the KL if asked for."""
@@ -253,9 +249,17 @@ class GRPO(Agent):
         Nothing after ``steps`` is computed and nothing before it is predicted, so a rollout need only hold the grids up
         to ``steps.stop``.
         """
-        start = time.perf_counter()
-        self._update_learning_rate(self.optimizer)
-        rows, advantages = len(advantages), advantages.to(self.device)
+        with self.updating():
+            seen, norms = self.descend(rollout, advantages.to(self.device), steps)
+        if self.refresh_reference and self.n_updates % self.refresh_reference == 0 and self.reference is not None:
+            self.reference.load_state_dict(self.policy.state_dict())
+        logs.record_update(self.logger, seen, len(norms), steps, self.policy.schedule, self)
+        self.logger.record("train/grad_norm", sum(norms) / len(norms))
+        self.logger.record("train/optimizer_steps", len(norms))
+
+    def descend(self, rollout: Rollout, advantages: Tensor, steps: range) -> tuple[list[logs.Tokens], list[float]]:
+        """The optimiser steps of an update: what they saw at their tokens, and the norms of their gradients."""
+        rows = len(advantages)
         weights = self.outermost.token_weights(rollout, steps)
         one_step = self.epochs == self.minibatches == 1  # the policy of the loss is then the one that sampled
         old = None if one_step else self.old_log_probs(rollout, steps)  # (B, n)
@@ -277,16 +281,7 @@ class GRPO(Agent):
                 break
             norms.append(self.optimizer_step())
             seen += here
-        self._n_updates += 1
-        if self.refresh_reference and self.n_updates % self.refresh_reference == 0 and self.reference is not None:
-            self.reference.load_state_dict(self.policy.state_dict())
-        elapsed = time.perf_counter() - start
-        self.seconds += elapsed
-        logs.record_update(self.logger, seen, len(norms), steps, self.policy.schedule, self)
-        self.logger.record("train/grad_norm", sum(norms) / len(norms))
-        self.logger.record("train/optimizer_steps", len(norms))
-        self.logger.record("train/n_updates", self.n_updates)
-        self.logger.record("time/update", elapsed)
+        return seen, norms
 
     def loss(
         self,

@@ -184,6 +184,14 @@ def clipped_loss(
     return -term
 
 
+def likelihood_loss(logp: Tensor, advantages: Tensor) -> Tensor:
+    """``-A log p`` for each token, ``(B, n)``, from advantages ``(B,)`` or ``(B, n)``.
+
+    The policy gradient when the policy is the one that sampled (REINFORCE), and imitation where ``A`` is 1.
+    """
+    return -(advantages[:, None] if advantages.ndim == 1 else advantages) * logp
+
+
 # The KL to the reference ---------------------------------------------------------------------------------------------
 
 
@@ -216,9 +224,6 @@ def k3(r: Tensor) -> Tensor:
 def full_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """KL(policy, reference) at each token, summed over the vocabulary: ``(B, n, D, V)`` twice to ``(B, n)``."""
     return (logp.exp() * (logp - ref_logp)).sum((-1, -2))
-
-
-KL_KINDS = (*KL_ESTIMATES, "full")
 
 
 # From tokens to a loss -----------------------------------------------------------------------------------------------

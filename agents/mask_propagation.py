@@ -94,10 +94,11 @@ def overlap(coarse: int, fine: int) -> Tensor:
 
 @register("mp")
 class MaskPropagation(Wrapper):
-    """Gates the policy term by the propagated mask of each row's text. The KL term stays as it is.
+    """Gates the policy term by the propagated mask of what the reward looked at.
 
-    A row with K pictures, such as a prefix of VMR, has the union of their masks, since each of them tells what became
-    of the row. Where nothing was read in one of them, `boxes_to_mask` makes all tokens count, and so does the union.
+    That is each row's text. The KL term stays as it is. A row with K pictures, such as a prefix of VMR, has the union
+    of their masks, since each of them tells what became of the row. Where nothing was read in one of them,
+    `boxes_to_mask` makes all tokens count, and so does the union.
 
     With GRPO's ``ratio_level="token"`` no policy gradient reaches a masked token. At the other levels a kept token's
     ratio is a mean over its grid or row, masked tokens included, and through it some does.

@@ -28,7 +28,9 @@ def panw_weights(schedule: ScaleSchedule, alpha: float, steps: range | None = No
 
 @register("panw")
 class PANW(Wrapper):
-    """Weights each token's terms of the loss, KL and entropy included, by `panw_weights` over the grids of an update.
+    """Weights tokens by the size of their grid, so that the many fine ones do not drown the few.
+
+    All terms of the loss, KL and entropy included, by `panw_weights` over the grids of an update.
 
     Args:
         agent: the agent to wrap.

@@ -8,9 +8,9 @@ pictures share is computed once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -24,8 +24,6 @@ from rewards.base import HasWords, Reward, RewardOutput
 from var_env.env import VARTextEnv
 from var_env.scenes import Scene
 from var_env.vector import VARTextVectorEnv
-
-T = TypeVar("T")
 
 
 def make_envs(env: str | gym.Env | gym.vector.VectorEnv, num_envs: int) -> VARTextVectorEnv:
@@ -71,6 +69,7 @@ class Rollout:
     regions: list[np.ndarray]  # B * K of (number found, 4), xyxy in pixels
     seconds: dict[str, float]  # "sampling", "reward", and "decode", all the rest of the environment
     advantages: Tensor | None = None  # (B,) or (B, n), once an algorithm has judged the rows
+    features: Tensor | None = None  # (B, T, W) float32, what PPO's critic saw of the state before each grid
 
     @property
     def suffixes(self) -> int:
@@ -107,28 +106,29 @@ class Rollout:
 
     def groups(self, policy: Policy, keep: Tensor) -> Rollout:
         """Some prompts with all their rows and pictures; ``policy`` made the condition, ``keep`` is bool ``(P,)``."""
-        rows = keep.repeat_interleave(self.scores.shape[1])  # (B,)
-        pictures = rows.repeat_interleave(self.suffixes).numpy()  # (B * K,)
-        index = rows.nonzero().flatten().to(self.grids[0].device)
+        return self.rows(policy, torch.arange(self.scores.numel()).view_as(self.scores)[keep])
 
-        def chosen(lists: Sequence[T], kept: Iterable[bool]) -> list[T]:
-            return [entry for entry, stays in zip(lists, kept, strict=True) if stays]
-
+    def rows(self, policy: Policy, index: Tensor) -> Rollout:
+        """Some rows with their pictures: int64 ``(P', G')``, which rows of this rollout are those of the new one."""
+        chosen, k = index.flatten(), self.suffixes
+        pictures = (chosen[:, None] * k + torch.arange(k)).flatten().tolist()  # B' * K
+        on_device = chosen.to(self.grids[0].device)
         return replace(
             self,
-            cond=policy.take(self.cond, index),
-            scenes=chosen(self.scenes, rows.tolist()),
-            grids=[grid[index] for grid in self.grids],
-            behaviour_logp=[logp[index] for logp in self.behaviour_logp],
-            tail_mass=[mass[index] for mass in self.tail_mass],
-            support=[None if kept is None else kept[index] for kept in self.support],
-            scores=self.scores[keep],
-            returns=self.returns[keep],
+            cond=policy.take(self.cond, on_device),
+            scenes=[self.scenes[row] for row in chosen.tolist()],
+            grids=[grid[on_device] for grid in self.grids],
+            behaviour_logp=[logp[on_device] for logp in self.behaviour_logp],
+            tail_mass=[mass[on_device] for mass in self.tail_mass],
+            support=[None if kept is None else kept[on_device] for kept in self.support],
+            scores=self.scores.flatten()[index],
+            returns=self.returns.flatten(0, 1)[index],
             parts={name: values[pictures] for name, values in self.parts.items()},
             images=self.images[pictures],
-            words_read=chosen(self.words_read, pictures.tolist()),
-            regions=chosen(self.regions, pictures.tolist()),
-            advantages=None,
+            words_read=[self.words_read[picture] for picture in pictures],
+            regions=[self.regions[picture] for picture in pictures],
+            advantages=None if self.advantages is None else self.advantages[on_device],
+            features=None if self.features is None else self.features[on_device],
         )
 
     @staticmethod
@@ -159,6 +159,7 @@ class Rollout:
             regions=[boxes for rollout in rollouts for boxes in rollout.regions],
             seconds={name: sum(rollout.seconds[name] for rollout in rollouts) for name in first.seconds},
             advantages=None,
+            features=None,
         )
 
     def summary(self) -> dict[str, float]:
@@ -340,20 +341,29 @@ def act(policy: Policy, observation: dict[str, Any], decoding: Decoding) -> np.n
 
     Computes all earlier scales again; to sample whole pictures, `unroll` is faster.
     """
-    tokens = np.asarray(observation["tokens"])
-    flat = torch.from_numpy(np.atleast_2d(tokens)).to(policy.device)  # (N, L)
-    scales = np.atleast_1d(observation["scale"])  # (N,)
-    prompts = [row.tobytes().rstrip(b"\0").decode() for row in np.atleast_2d(observation["prompt"])]
-    schedule = policy.schedule
-    action = np.zeros((len(flat), *schedule.grids[-1]), np.int64)
-    for t in np.unique(scales).tolist():
-        if t >= len(schedule):
-            raise ValueError(f"the episode is over, there is no grid {t}: reset the environment")
-        rows = np.flatnonzero(scales == t)
-        cond = policy.encode_prompts([prompts[row] for row in rows])
-        grids = [flat[rows, part].unsqueeze(-1) for part in schedule.slices[:t]]
+    tokens, schedule = np.asarray(observation["tokens"]), policy.schedule
+    action = np.zeros((len(np.atleast_2d(tokens)), *schedule.grids[-1]), np.int64)
+    for t, rows, cond, grids in states_by_scale(policy, observation):
         logits = policy(cond, grids, range(t, t + 1))
         null_logits = policy(policy.null_cond(cond), grids, range(t, t + 1)) if decoding.guided else None
         h, w = schedule.grids[t]
-        action[rows, :h, :w] = draw(logits, null_logits, decoding).tokens.view(len(rows), h, w).cpu().numpy()
+        drawn = draw(logits, null_logits, decoding).tokens.view(len(rows), h, w)
+        action[rows.cpu(), :h, :w] = drawn.cpu().numpy()
     return action if tokens.ndim == 2 else action[0]
+
+
+def states_by_scale(policy: Policy, observation: Mapping[str, Any]) -> Iterator[tuple[int, Tensor, Any, list[Tensor]]]:
+    """The rows of a batch of observations, arrays or tensors, that await grid t, for each t that occurs.
+
+    Gives t, the rows, int64 ``(b,)``, their condition, and their grids before t, ``(b, n_s, 1)`` each.
+    """
+    flat = torch.atleast_2d(torch.as_tensor(observation["tokens"], device=policy.device))  # (N, L)
+    prompts = torch.atleast_2d(torch.as_tensor(observation["prompt"])).cpu().numpy()  # (N, bytes)
+    scales = torch.as_tensor(observation["scale"]).flatten().cpu()  # (N,)
+    for t in scales.unique().tolist():
+        if t >= len(policy.schedule):
+            raise ValueError(f"the episode is over, there is no grid {t}: reset the environment")
+        rows = (scales == t).nonzero().flatten()
+        cond = policy.encode_prompts([prompts[row].tobytes().rstrip(b"\0").decode() for row in rows.tolist()])
+        rows = rows.to(policy.device)
+        yield t, rows, cond, [flat[rows, part].unsqueeze(-1) for part in policy.schedule.slices[:t]]

@@ -1,11 +1,16 @@
 import csv
+import json
 
+import numpy as np
 import pytest
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 from tiny import STEPS_A_ROLLOUT, csv_logger, tiny_agent, tiny_envs, weights_of
 
-from agents import GRPO, HeldOutEval, StopAfter
+from agents import GRPO, BestCheckpoint, HeldOutEval, StopAfter
+from agents.evaluation import Evaluation
+from agents.policies.var_text import VARTextPolicy
+from rewards.base import Reward, RewardOutput
 from var_env import VARTextEnv
 from var_env.scenes import split_of
 
@@ -130,3 +135,117 @@ class TestHeldOutEval:
     def test_bad_interval(self):
         with pytest.raises(ValueError, match="every"):
             HeldOutEval(every=0)
+
+    def test_once_an_update_even_when_an_update_samples_several_rollouts(self, parts):
+        evaluation = HeldOutEval(every=1, prompts=3)
+        constant = FixedReward()
+        agent = tiny_agent(parts | {"reward": constant}, dynamic_sampling="resample", max_batches=3)
+        agent.learn(3 * STEPS_A_ROLLOUT, evaluation)
+        assert agent.images_decoded == 3 * 8 and [update for update, _ in evaluation.history] == [0, 1]
+
+
+class FixedReward(Reward):
+    """The same for all pictures."""
+
+    name = "fixed"
+
+    def score(self, images, scenes):
+        return RewardOutput(np.full(len(images), 0.5, np.float32))
+
+
+class Scripted(BestCheckpoint):
+    """With given values of the metric in place of the true ones."""
+
+    def __init__(self, values, path, **options):
+        super().__init__(path, every=1, prompts=2, **options)
+        self.values = list(values)
+
+    def evaluate(self):
+        means = {self.metric: self.values[len(self.history)]}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Evaluation, "means", lambda evaluation: means)
+            super().evaluate()
+
+
+class TestBestCheckpoint:
+    OPTIONS = {"learning_rate": 1e-2, "kl_coef": 0.0}
+
+    def best_update(self, parts, callback, updates=3, **options):
+        """After how many updates the policy in the file was made."""
+        agent, snapshots = tiny_agent(parts, **self.OPTIONS | options), []
+        evaluate = callback.evaluate
+        callback.evaluate = lambda: (snapshots.append(weights_of(agent.best_policy)), evaluate())
+        agent.learn(updates * STEPS_A_ROLLOUT, callback)
+        kept = weights_of(VARTextPolicy.load(callback.path, parts["tokenizer"]))
+        same = [all((kept[name] == weight).all() for name, weight in shot.items()) for shot in snapshots]
+        assert len(same) == updates + 1 and sum(same) == 1
+        return same.index(True)
+
+    @pytest.mark.parametrize(
+        ("values", "metric", "best"),
+        [
+            ([0.1, 0.3, 0.2, 0.25], "word_accuracy", 1),
+            ([0.1, 0.3, 0.2, 0.4], "ned", 3),
+            ([0.2, 0.2, 0.1, 0.2], "word_accuracy", 0),  # ties keep the earlier one
+            ([0.0, 0.0, 0.5, 0.5], "word_accuracy", 2),
+            ([0.5, 0.4, 0.9, 0.4], "nothing_read", 1),  # lower is better
+        ],
+    )
+    def test_keeps_the_best_and_the_earlier_of_equals(self, parts, tmp_path, values, metric, best):
+        callback = Scripted(values, tmp_path / "made" / "best.safetensors", metric=metric)
+        assert self.best_update(parts, callback) == best
+        assert callback.best == values[best]
+        assert sorted(file.name for file in callback.path.parent.iterdir()) == ["best.json", "best.safetensors"]
+
+    def test_what_is_logged(self, parts, tmp_path):
+        agent = tiny_agent(parts, **self.OPTIONS)
+        agent.set_logger(csv_logger(tmp_path))
+        agent.learn(3 * STEPS_A_ROLLOUT, Scripted([0.1, 0.3, 0.2, 0.25], tmp_path / "best.safetensors"))
+        with open(tmp_path / "progress.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert [float(row["eval/best_word_accuracy"]) for row in rows] == [0.1, 0.3, 0.3, 0.3]
+        assert [float(row["eval/word_accuracy"]) for row in rows] == [0.1, 0.3, 0.2, 0.25]
+
+    def test_keeps_the_averaged_policy(self, parts, tmp_path):
+        callback = Scripted([0.1, 0.3, 0.2, 0.25], tmp_path / "best.safetensors")
+        assert self.best_update(parts, callback, ema_decay=0.5) == 1
+
+    def test_true_metrics(self, parts, tmp_path):
+        callback = BestCheckpoint(tmp_path / "best.safetensors", "reward", every=1, prompts=3)
+        tiny_agent(parts, **self.OPTIONS).learn(3 * STEPS_A_ROLLOUT, callback)
+        assert callback.best == max(result.means()["reward"] for _, result in callback.history)
+
+    def test_going_on_from_an_earlier_best(self, parts, tmp_path):
+        first = Scripted([0.1, 0.5, 0.3], tmp_path / "best.safetensors")
+        first.go_on()
+        tiny_agent(parts).learn(2 * STEPS_A_ROLLOUT, first)
+        assert json.loads((tmp_path / "best.json").read_text())["value"] == first.best == 0.5
+        kept = first.path.read_bytes()
+        later = Scripted([0.2, 0.5], first.path)
+        later.go_on()
+        tiny_agent(parts, policy_seed=1).learn(STEPS_A_ROLLOUT, later)
+        assert later.best == 0.5 and later.path.read_bytes() == kept
+        other = BestCheckpoint(first.path, "ned", prompts=2)
+        other.go_on()
+        assert other.best is None  # that was another metric
+
+    def test_a_failing_save_leaves_the_old_file(self, parts, tmp_path, monkeypatch):
+        callback, agent = Scripted([0.1, 0.2], tmp_path / "best.safetensors"), tiny_agent(parts, **self.OPTIONS)
+        save, calls = VARTextPolicy.save, []
+
+        def fails_the_second_time(policy, path):
+            calls.append(path)
+            save(policy, path)
+            assert len(calls) < 2, "disk full"
+
+        monkeypatch.setattr(VARTextPolicy, "save", fails_the_second_time)
+        before = weights_of(agent.policy)
+        with pytest.raises(AssertionError, match="disk full"):
+            agent.learn(STEPS_A_ROLLOUT, callback)
+        kept = weights_of(VARTextPolicy.load(callback.path, parts["tokenizer"]))
+        assert all((kept[name] == weight).all() for name, weight in before.items()) and callback.best == 0.1
+
+    def test_an_unknown_metric(self, parts, tmp_path):
+        callback = BestCheckpoint(tmp_path / "best.safetensors", "accuracy", prompts=2)
+        with pytest.raises(ValueError, match="'accuracy': choose one of reward, word_accuracy, ned, nothing_read"):
+            tiny_agent(parts).learn(STEPS_A_ROLLOUT, callback)

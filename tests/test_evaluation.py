@@ -5,7 +5,10 @@ from tiny import tiny_envs, tiny_policy
 
 from agents.evaluation import bootstrap_interval, evaluate, held_out_scenes
 from agents.pictures import caption, sample_sheet
+from agents.rollout import collect
 from agents.sampling import Decoding
+from rewards.base import Reward, RewardOutput
+from rewards.text_metrics import normalized_edit_distance
 from var_env import World
 from var_env.scenes import scene_from_prompt, split_of
 
@@ -13,6 +16,20 @@ from var_env.scenes import scene_from_prompt, split_of
 @pytest.fixture
 def policy(tokenizer):
     return tiny_policy(tokenizer)
+
+
+class Shades(Reward):
+    """Scores the mean brightness, or one of ``levels`` of it, and reads it as a word; notes how many it was given."""
+
+    name = "shades"
+
+    def __init__(self, levels=10**6):
+        self.batches, self.levels = [], levels
+
+    def score(self, images, scenes):
+        self.batches.append(len(images))
+        mean = np.floor(images.mean((1, 2, 3)) / 256 * self.levels) / self.levels
+        return RewardOutput(mean, {"mean": mean}, [[f"{value:.6f}"] for value in mean])
 
 
 class TestEvaluate:
@@ -47,6 +64,39 @@ class TestEvaluate:
         assert scenes[:3] == held_out_scenes(world, 3, seed=1) != held_out_scenes(world, 3, seed=2)
         assert all(split_of(word) == "test" for scene in scenes for word in scene.words)
         assert all(len(scene.words) == 2 for scene in scenes)
+
+    def test_best_of_keeps_the_picture_with_the_highest_reward(self, policy, parts):
+        scenes = held_out_scenes(World(), 3)
+        reward = Shades()
+        result = evaluate(policy, parts | {"reward": reward}, scenes, seed=2, batch_size=7, best_of=3)
+        assert reward.batches == [6, 3]  # two prompts at a time, so that no more than 7 pictures are drawn at once
+        generator = torch.Generator().manual_seed(2)
+        for start in (0, 2):
+            envs = tiny_envs(parts | {"reward": reward}, len(scenes[start : start + 2]))
+            drawn = collect(policy, envs, 3, Decoding(), generator, scenes=scenes[start : start + 2])
+            for p, group in enumerate(drawn.scores.tolist()):
+                best = 3 * p + max(range(3), key=group.__getitem__)
+                assert result.scores[start + p] == np.float32(max(group)) > min(group)
+                assert np.array_equal(result.images[start + p], drawn.images[best])
+                assert result.words_read[start + p] == drawn.words_read[best]
+                assert result.parts["mean"][start + p] == drawn.parts["mean"][best]
+        read = zip(scenes, result.words_read, strict=True)
+        assert result.ned.tolist() == [normalized_edit_distance(scene.words, words) for scene, words in read]
+        assert result.scenes == scenes
+
+    def test_best_of_one_draws_as_without_and_of_equals_the_first_is_kept(self, policy, parts):
+        one, plain = (evaluate(policy, parts, 5, seed=2, batch_size=2, **more) for more in ({"best_of": 1}, {}))
+        assert np.array_equal(one.images, plain.images) and np.array_equal(one.scores, plain.scores)
+        generator, envs, scenes = torch.Generator().manual_seed(2), tiny_envs(parts), plain.scenes[:2]
+        assert np.array_equal(collect(policy, envs, 1, Decoding(), generator, scenes=scenes).images, plain.images[:2])
+        equal = evaluate(policy, parts | {"reward": Shades(levels=1)}, scenes, seed=2, best_of=4)
+        drawn = collect(policy, envs, 4, Decoding(), torch.Generator().manual_seed(2), scenes=scenes)
+        assert np.array_equal(equal.images, drawn.images[::4])
+
+    @pytest.mark.parametrize("option", [{"best_of": 0}, {"batch_size": 0}])
+    def test_bad_counts(self, policy, parts, option):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} must be a whole number of at least 1, got 0"):
+            evaluate(policy, parts, 2, **option)
 
     def test_no_prompts(self, policy, parts):
         with pytest.raises(ValueError, match="at least one prompt"):

@@ -76,10 +76,16 @@ class TestUpdate:
         for keep_all in (True, False):
             agent = tiny_agent(parts, kl_coef=0.0)
             if keep_all:
-                agent.rows_to_learn = lambda rows, advantages: rows
+                agent.places_to_learn = lambda advantages: torch.arange(len(advantages))
+            computed = []
+            loss = agent.loss
+            agent.loss = lambda rollout, rows, *rest, loss=loss, seen=computed: (
+                seen.extend(rows.tolist()) or loss(rollout, rows, *rest)
+            )
             rollout = agent.sample()
             rollout.scores[0] = 0.5
             found.append(gradients(agent, rollout, group_advantages(rollout.scores).flatten()))
+            assert computed == ([*range(8)] if keep_all else [4, 5, 6, 7])
         assert_same(*found, atol=1e-7, rtol=1e-3)
         assert any(g.abs().max() > 0 for g in found[0].values())
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -124,6 +126,32 @@ class TestForkAt:
         for merged, part in zip(rows.cond, tree.cond, strict=True):
             assert torch.equal(merged, part[[0, 2, 4, 6, 8, 10]])
         assert rows.images is tree.images and rows.summary()["reward"] == pytest.approx(tree.scores.mean().item())
+
+    @pytest.mark.parametrize("index", [[[4, 1], [0, 5]], [[2]], [[], []]], ids=str)
+    def test_rows_take_their_pictures_with_them(self, policy, tree, index):
+        merged = replace(tree.merge(policy, 2, 1, lambda returns: returns.sum(-1)), advantages=torch.arange(6.0))
+        some = merged.rows(policy, torch.tensor(index, dtype=torch.int64))
+        assert some.scores.shape == np.shape(index) and some.returns.shape == (*np.shape(index), 2)
+        assert len(some.scenes) == len(some.grids[0]) == len(some.cond[0]) == np.size(index)
+        assert len(some.images) == len(some.words_read) == len(some.regions) == 2 * np.size(index)
+        for new, (place, row) in enumerate(np.ndenumerate(np.array(index, int))):
+            assert some.scores[place] == merged.scores.flatten()[row] and some.advantages[new] == row
+            assert torch.equal(some.returns[place], merged.returns.flatten(0, 1)[row])
+            assert some.scenes[new] == merged.scenes[row] and torch.equal(some.grids[0][new], merged.grids[0][row])
+            assert torch.equal(some.behaviour_logp[0][new], merged.behaviour_logp[0][row])
+            assert all(torch.equal(a[new], b[row]) for a, b in zip(some.cond, merged.cond, strict=True))
+            assert np.array_equal(some.images[2 * new : 2 * new + 2], merged.images[2 * row : 2 * row + 2])
+            assert np.array_equal(
+                some.parts["mean"][2 * new : 2 * new + 2], merged.parts["mean"][2 * row : 2 * row + 2]
+            )
+
+    @pytest.mark.parametrize("keep", [[True, False], [False, True], [True, True], [False, False]], ids=str)
+    def test_groups_are_all_rows_of_some_prompts(self, policy, tree, keep):
+        groups = tree.groups(policy, torch.tensor(keep))
+        rows = [row for row in range(12) if keep[row // 6]]
+        assert torch.equal(groups.scores, tree.scores[torch.tensor(keep)])  # (P', G), also when P' is 0
+        assert groups.scenes == [tree.scenes[row] for row in rows]
+        assert torch.equal(groups.grids[2], tree.grids[2][rows]) and np.array_equal(groups.images, tree.images[rows])
 
     @pytest.mark.parametrize("fork_at", [(0, 2), (3, 2), (1, 0)])
     def test_bad_forks(self, policy, parts, fork_at):

@@ -106,9 +106,15 @@ class TestMiddleStep:
         schedule = ScaleSchedule([(side, side) for side in (1, 2, 3, 4, 6, 8)], patch=8)
         assert [schedule.middle_step(split) for split in (4, "m_32", 32, "m_8", 8, "m_64")] == [4, 4, 4, 1, 1, 6]
 
+    def test_half_of_the_resolution(self):
+        assert ScaleSchedule([(side, side) for side in (1, 2, 3, 4, 6, 8)], patch=8).middle_step("half") == 4
+        assert ScaleSchedule.nextflow(1024).middle_step("half") == 16  # m_512
+        assert ScaleSchedule([(1, 1), (3, 5)], patch=8).middle_step("half") == 2  # the first with at least half
+        assert ScaleSchedule([(2, 2)], patch=8).middle_step("half") == 1
+
     @pytest.mark.parametrize("split", [0, -1, 5, 100, "m_100", "m_", "m32", "4", "32", 2.0, 64.0, None])
     def test_anything_else(self, split):
-        message = f"number of prefix grids, 1 to 4, .*one of m_16, m_32, m_48, m_64; got {split!r}"
+        message = f"number of prefix grids, 1 to 4, .*one of half, m_16, m_32, m_48, m_64; got {split!r}"
         with pytest.raises(ValueError, match=message):
             ScaleSchedule.nextflow(64).middle_step(split)
 

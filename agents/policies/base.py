@@ -36,6 +36,8 @@ class Policy(nn.Module, ABC):
 
     tokenizer: Tokenizer
     config: dict[str, Any]
+    lora_targets: Sequence[str] = ()  # linear layers that `add_lora` gives adapters by default
+    always_trained: Sequence[str] = ()  # parameters that learn beside the adapters
 
     @property
     def schedule(self) -> ScaleSchedule:
@@ -89,6 +91,18 @@ class Policy(nn.Module, ABC):
 
         Only the grids before ``max(steps)`` are read, and no scale after it is computed.
         """
+
+    def hidden(self, cond: Any, grids: Sequence[Tensor], steps: range) -> Tensor:
+        """Last hidden states of the tokens of the grids in ``steps``, ``(B, sum n_t, W)``, in the model's precision.
+
+        `forward` is their `logits`. Those at scale t depend on the prompt and on the grids before t: they describe the
+        state in which grid t is chosen. Agents with a critic need both methods, the others neither.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no hidden(), which PPO's critic reads")
+
+    def logits(self, hidden: Tensor, steps: range) -> Tensor:
+        """Logits of the grids in ``steps`` from their hidden states, fp32 ``(B, sum n_t, D, V)``."""
+        raise NotImplementedError(f"{type(self).__name__} has no logits() of hidden states, which PPO in SB3 needs")
 
     def evaluate(self, cond: Any, grids: Sequence[Tensor], steps: range) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the given grids and the entropy at each token, fp32 ``(B, sum n_t, D)``, in nats.

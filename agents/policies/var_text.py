@@ -12,10 +12,10 @@ it belongs to and how far from that word's middle it stands, two facts that a re
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents.policies.base import Policy
+from agents.policies.lora import add_lora
 from var_env.scenes import MAX_PROMPT_BYTES, encode_prompt
 from var_env.tokenizer import Tokenizer, load_config_and_weights, load_weights, save_module
 
@@ -58,10 +59,20 @@ class VARTextPolicy(Policy):
         width, layers, heads: the decoder's size; `width` is divisible by `2 * heads`.
         precision: "bf16" runs the matrix products under autocast, "fp32" does not, "auto" takes bf16 where the
             processor has it in hardware. Logits and log-probabilities are fp32 in any case.
+        lora: options of `add_lora`, for a policy with low-rank adapters.
     """
 
+    lora_targets = ("qkv", "text_kv", "attention_out", "mlp_in", "mlp_out")  # of all blocks, the text encoder's too
+    always_trained = ("sharpness",)
+
     def __init__(
-        self, tokenizer: Tokenizer, width: int = 256, layers: int = 6, heads: int = 4, precision: str = "auto"
+        self,
+        tokenizer: Tokenizer,
+        width: int = 256,
+        layers: int = 6,
+        heads: int = 4,
+        precision: str = "auto",
+        lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(tokenizer)
         if precision not in ("auto", "bf16", "fp32"):
@@ -83,6 +94,8 @@ class VARTextPolicy(Policy):
             if weight.ndim == 2 and name != "position":
                 depth = 2 * layers if name.endswith(("attention_out.weight", "mlp_out.weight")) else 1
                 nn.init.normal_(weight, std=0.02 / depth**0.5)
+        if lora is not None:
+            add_lora(self, **lora)
 
     # Conditions --------------------------------------------------------------------------------------------------
 
@@ -119,7 +132,7 @@ class VARTextPolicy(Policy):
                 text = (cache.text_keys[i], cache.text_values[i], cache.text_bias)
                 image = (keys[:, :, : here.stop], values[:, :, : here.stop], None)  # all earlier tokens are seen
                 x = block.finish(x, attend(q, text, image))
-            return self._logits(x, range(t, t + 1)), cache
+            return self.logits(self.norm(x), range(t, t + 1)), cache
 
     def fork(self, cache: Cache, index: Tensor) -> Cache:
         text_keys, text_values = cache.text_keys.index_select(1, index), cache.text_values.index_select(1, index)
@@ -136,11 +149,30 @@ class VARTextPolicy(Policy):
     # The teacher-forced path -------------------------------------------------------------------------------------
 
     def forward(self, cond: Cond, grids: Sequence[Tensor], steps: range) -> Tensor:
-        features = torch.cat(self.teacher_features(grids[: steps[-1]], steps, len(cond.bytes)), dim=1)
-        return self.from_features(cond, features, steps)
+        return self.from_features(cond, self._features(cond, grids, steps), steps)
+
+    def hidden(self, cond: Cond, grids: Sequence[Tensor], steps: range) -> Tensor:
+        return self._hidden(cond, self._features(cond, grids, steps), steps)
 
     def from_features(self, cond: Cond, features: Tensor, steps: range) -> Tensor:
         """`forward` from the canvas features of all scales up to the last step, `(B, n, C)`."""
+        return self.logits(self._hidden(cond, features, steps), steps)
+
+    def logits(self, hidden: Tensor, steps: range) -> Tensor:
+        with self._autocast():
+            logits = self.head(hidden) + self.to_code(hidden) @ self.tokenizer.codebook.T  # (B, n, V)
+            sizes = torch.tensor([self.schedule.sizes[t] for t in steps], device=hidden.device)
+            scale = (SHARPNESS_GAIN * self.sharpness[steps.start : steps.stop]).exp().repeat_interleave(sizes)  # (n,)
+            return (logits.float() * scale[:, None]).unsqueeze(2)  # D = 1
+
+    # Parts -------------------------------------------------------------------------------------------------------
+
+    def _features(self, cond: Cond, grids: Sequence[Tensor], steps: range) -> Tensor:
+        """Canvas features of all scales up to the last step, `(B, n, C)`."""
+        return torch.cat(self.teacher_features(grids[: steps[-1]], steps, len(cond.bytes)), dim=1)
+
+    def _hidden(self, cond: Cond, features: Tensor, steps: range) -> Tensor:
+        """`hidden` from the canvas features of all scales up to the last step, `(B, n, C)`."""
         first, last = self.schedule.slices[steps[0]].start, self.schedule.slices[steps[-1]].stop
         with self._autocast():
             text, text_bias = self.text(cond)
@@ -150,17 +182,7 @@ class VARTextPolicy(Policy):
             for block in self.blocks:
                 q, k, v = block.queries_keys_values(x)
                 x = block.finish(x, attend(q, (*block.text_keys_values(text), text_bias), (k, v, bias)))
-            return self._logits(x[:, first:], steps)
-
-    # Parts -------------------------------------------------------------------------------------------------------
-
-    def _logits(self, x: Tensor, steps: range) -> Tensor:
-        """Hidden states of the tokens of `steps`, `(B, n, width)`, to fp32 logits `(B, n, D = 1, V)`."""
-        x = self.norm(x)
-        logits = self.head(x) + self.to_code(x) @ self.tokenizer.codebook.T
-        sizes = torch.tensor([self.schedule.sizes[t] for t in steps], device=x.device)
-        scale = (SHARPNESS_GAIN * self.sharpness[steps.start : steps.stop]).exp().repeat_interleave(sizes)  # (n,)
-        return (logits.float() * scale[:, None]).unsqueeze(2)
+            return self.norm(x[:, first:])
 
     def temperatures(self) -> list[float]:
         """The learned temperature of each scale."""

@@ -1,0 +1,34 @@
+"""RLOO: REINFORCE whose baseline leaves the sample itself out (Ahmadian et al., 2024, arXiv 2402.14740)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from agents import losses
+from agents.registry import register
+from agents.reinforce import REINFORCE
+from agents.rollout import Rollout
+
+
+@register("rloo")
+class RLOO(REINFORCE):
+    """REINFORCE with the mean of the group's other pictures as the baseline.
+
+    This baseline does not depend on the sample, and so the gradient is unbiased, where the group's mean shrinks it. But
+    by the same factor for all: the advantage is REINFORCE's times ``G / (G - 1)``.
+
+    Args:
+        policy, env: and more keywords, as in `REINFORCE`. ``group_size`` is at least 2.
+    """
+
+    def __init__(self, policy: Any, env: Any, **reinforce: Any) -> None:
+        super().__init__(policy, env, **reinforce)
+        if self.group_size < 2:
+            raise ValueError(
+                f"RLOO needs a group_size of at least 2, the others being the baseline, got {self.group_size}"
+            )
+
+    def advantages(self, rollout: Rollout, steps: range) -> Tensor:
+        return losses.leave_one_out(rollout.scores).flatten()
