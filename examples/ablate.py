@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import report
-from common import clear_errors, make_parser, table, write_json, write_text
+from common import clear_errors, make_parser, settings_of, table, write_json, write_text
 from report import Result
 from runs import Cell, Comparison, Preset, add_run_options, finish
 
@@ -220,7 +220,8 @@ def paper_columns(paper: Paper | None) -> list[str]:
 
 def write_report(comparison: Comparison, base: Result, found: dict[str, list[Line]]) -> str:
     """Write ``results.json``, ``results.md`` and a figure for each table of ``found``; returns the tables."""
-    out, described = comparison.out, {**comparison.described, **comparison.method}
+    out = comparison.out
+    described = {**comparison.described, **settings_of("vmr+panw+mp", comparison.method)}  # where no row changes them
     runs = {(run["agent"], run["seed"]): run for lines in found.values() for line in lines for run in line.runs}
     labels = {name: {line.row.name: line.runs[0]["agent"] for line in lines} for name, lines in found.items()}
     content = {"settings": described, "tables": labels, "base": base, "runs": list(runs.values())}

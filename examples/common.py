@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
+import importlib.util
 import inspect
 import json
 import os
+import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,22 +30,17 @@ import torch
 from stable_baselines3.common.utils import get_device
 from tqdm import tqdm
 
-from agents import load
+from agents import load, registry
 from agents.base import Agent
 from agents.callbacks import AgentCallback, HeldOutEval
 from agents.grpo import GRPO
-from agents.mask_propagation import SOURCES, MaskPropagation
-from agents.panw import PANW
 from agents.policies.base import Policy
 from agents.policies.var_text import VARTextPolicy
 from agents.sampling import Decoding
-from agents.vmr import ALTERNATIONS, VMR
 from agents.wrapper import Wrapper
 from var_env import Tokenizer, VARTextVectorEnv
 from var_env.scenes import TARGET_REGIONS
 
-ALGORITHMS: dict[str, type[GRPO]] = {"grpo": GRPO, "vmr": VMR}
-WRAPPERS: dict[str, type[Wrapper]] = {"panw": PANW, "mp": MaskPropagation}
 AGENTS = ("grpo", "vmr", "vmr+panw", "vmr+panw+mp")  # the paper's method, step by step
 SPLIT = "m_32"  # the middle step of VMR, for pictures of 64 pixels
 INTERRUPTED = 130  # the exit status of a process that Ctrl-C ended
@@ -50,88 +48,114 @@ INTERRUPTED = 130  # the exit status of a process that Ctrl-C ended
 
 # Agents --------------------------------------------------------------------------------------------------------------
 
+OF_SCRIPTS = ("decoding", "device", "seed", "tensorboard_log", "verbose")  # what scripts have options of their own for
 
-def parts_of(recipe: str) -> tuple[type[GRPO], list[type[Wrapper]]]:
-    """The algorithm and the wrappers, from the inside out, that a recipe such as ``"vmr+panw+mp"`` names.
 
-    Raises:
-        ValueError: it names something else.
-    """
-    algorithm, *wrappers = recipe.split("+")
-    if algorithm not in ALGORITHMS or not set(wrappers) <= WRAPPERS.keys():
-        raise ValueError(
-            f"unknown agent {recipe!r}: give {' or '.join(ALGORITHMS)}, followed by +{', +'.join(WRAPPERS)} or several "
-            f"of them, such as {AGENTS[-1]}"
-        )
-    return ALGORITHMS[algorithm], [WRAPPERS[name] for name in wrappers]
+def add_plugin_option(parser: argparse.ArgumentParser) -> None:
+    """``--plugin``, for `load_plugins`."""
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a Python file, or a module's name, that registers agents or wrappers of your own with "
+        "@agents.register; may be given several times",
+    )
+
+
+def load_plugins(argv: Sequence[str] | None) -> None:
+    """Import what ``--plugin`` names, before the parser that lists the agents' options is made."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_plugin_option(parser)
+    with clear_errors():
+        for plugin in parser.parse_known_args(argv)[0].plugin:
+            if not plugin.endswith(".py"):
+                importlib.import_module(plugin)
+                continue
+            name = Path(plugin).stem
+            spec = importlib.util.spec_from_file_location(name, plugin)
+            assert spec is not None and spec.loader is not None
+            if name not in sys.modules:  # such as a script that runs this one
+                sys.modules[name] = module = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
 
 
 def own_options(part: type) -> dict[str, Any]:
-    """The options that VMR or a wrapper adds, with their defaults; none for GRPO, whose options all agents have."""
+    """The options, with their defaults, that an algorithm or a wrapper has beyond those of every agent."""
+    general = {} if registry.is_wrapper(part) else registry.options_of(GRPO if issubclass(part, GRPO) else Agent)
     if part is GRPO:
         return {}
-    parameters = inspect.signature(part.__init__).parameters.values()  # type: ignore[misc]
-    return {p.name: SPLIT if p.name == "split" else p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {name: value for name, value in registry.options_of(part).items() if name not in general}
 
 
-def method_of(recipe: str, method: Mapping[str, Any]) -> dict[str, Any]:
-    """Those settings of the method that a recipe uses."""
-    algorithm, wrappers = parts_of(recipe)
-    return {name: method[name] for part in (algorithm, *wrappers) for name in own_options(part)}
+def documented(part: type) -> dict[str, str]:
+    """What the docstrings of a class and its bases say of each option, under "Args:"."""
+    found: dict[str, str] = {}
+    for cls in part.__mro__[::-1]:
+        _, _, arguments = (inspect.getdoc(cls) or "").partition("Args:\n")
+        entries = re.findall(r"^    ([a-z][\w, ]*): (.*(?:\n {6,}.*)*)", arguments, re.MULTILINE)
+        found |= {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+    return found
 
 
-def make_agent(recipe: str, policy: Policy, env: Any, method: Mapping[str, Any], **common: Any) -> GRPO | Wrapper:
-    """A new agent by its recipe, see `parts_of`.
-
-    Args:
-        method: the settings of VMR and the wrappers, see `METHOD`; those that the recipe does not use are ignored.
-        common: keywords of `GRPO`, which all agents have.
-    """
-    algorithm, wrappers = parts_of(recipe)
-    agent: GRPO | Wrapper = algorithm(policy, env, **{name: method[name] for name in own_options(algorithm)}, **common)
-    for wrapper in wrappers:
-        agent = wrapper(agent, **{name: method[name] for name in own_options(wrapper)})
-    return agent
+def agent_options() -> tuple[dict[str, tuple[Any, str]], dict[str, tuple[Any, str]]]:
+    """The options that every agent has, and those that some have: name to default and help."""
+    texts = documented(GRPO)
+    general = {name: (value, texts.get(name, "")) for name, value in registry.options_of(GRPO).items()}
+    special: dict[str, tuple[Any, str]] = {}
+    for name, part in registry.known().items():
+        texts = documented(part)
+        for option, default in own_options(part).items():
+            special.setdefault(option, (default, f"{name}: {texts.get(option, '')}"))
+    return {name: entry for name, entry in general.items() if name not in OF_SCRIPTS}, special
 
 
-METHOD: dict[str, Any] = own_options(VMR) | own_options(PANW) | own_options(MaskPropagation)  # all settings, by default
-METHOD_HELP = {
-    "split": "VMR's m, the grids of the prefix: their number, or the resolution in pixels at which it ends, as in m_32",
-    "suffix_samples": "VMR's K, suffixes that estimate the value of a prefix; each is a picture of the budget",
-    "eta": "temperature of VMR's soft value of a prefix, in units of the reward",
-    "prefix_updates": "VMR learns prefixes so many times ...",
-    "suffix_updates": "... and then suffixes so many times",
-    "alternation": "VMR takes turns as above, or learns all prefixes and then all suffixes, in the same proportion",
-    "alpha": "PANW's exponent: 0 weighs all tokens the same, 1 all grids",
-    "boxes": "MP's boxes: what was read in the picture, or the scene's layout",
-    "soft": "MP's mask holds the share of a cell that is covered, not whether it is",
-    "dilation": "pixels by which MP's boxes grow on every side",
-}
-METHOD_CHOICES = {"alternation": ALTERNATIONS, "boxes": SOURCES}
+def add_agent_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """An option for each setting of the agents that are registered by now, for `agent_settings`."""
+    for title, options in zip(("every agent", "agents that have it"), agent_options(), strict=True):
+        group = parser.add_argument_group(f"settings of {title}")
+        for name, (default, text) in options.items():
+            if name in without:
+                continue
+            kind: dict[str, Any] = {"type": value_like(default), "metavar": "X"}
+            if isinstance(default, bool):
+                kind = {"action": argparse.BooleanOptionalAction}
+            help_text = f"{text} (default: {default})".replace("%", "%%").replace("``", "")
+            group.add_argument(option_of(name), dest=name, default=None, help=help_text, **kind)
 
 
-def add_method_options(parser: argparse.ArgumentParser) -> None:
-    """The settings of VMR and the wrappers, for `method_from`."""
-    group = parser.add_argument_group("VMR and its wrappers, where the agent has them")
-    for name, default in METHOD.items():
-        kind: dict[str, Any] = {"type": parse_split if name == "split" else type(default), "metavar": "N"}
-        if isinstance(default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif name in METHOD_CHOICES:
-            kind = {"choices": METHOD_CHOICES[name]}
-        group.add_argument(
-            f"--{name.replace('_', '-')}", default=None, help=f"{METHOD_HELP[name]} (default: {default})", **kind
-        )
+def agent_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_agent_options` that were given."""
+    names = {name for options in agent_options() for name in options}
+    return {name: value for name, value in vars(args).items() if name in names and value is not None}
 
 
-def method_from(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_method_options` that were given."""
-    return {name: getattr(args, name) for name in METHOD if getattr(args, name) is not None}
+def settings_of(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make an agent what it is: those of its own parts, given or by default, and what was given."""
+    available = registry.options_in(recipe)
+    own = {name for part in registry.parts_of(recipe) for name in own_options(part)}
+    variant = registry.VARIANTS.get(recipe.split("+")[0])
+    own |= set() if variant is None else set(variant.options)
+    return {name: given.get(name, default) for name, default in available.items() if name in own or name in given}
 
 
-def parse_split(text: str) -> int | str:
-    """``"4"`` to 4; ``"m_32"`` stays."""
-    return int(text) if text.isdigit() else text
+def option_of(name: str) -> str:
+    """``kl_coef`` to ``--kl-coef``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def value_like(default: Any) -> Callable[[str], Any]:
+    """How to read an option from the command line: numbers as what the default is, the rest as Python would."""
+    if type(default) in (int, float):
+        return type(default)
+
+    def literal(text: str) -> Any:
+        try:
+            return ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            return text
+
+    return literal
 
 
 # Options -------------------------------------------------------------------------------------------------------------
@@ -226,7 +250,7 @@ def load_policy(args: argparse.Namespace) -> Policy:
             raise ValueError(f"{args.policy} holds its own tokenizer: leave out --tokenizer {args.tokenizer}")
         if not args.policy.is_file():
             raise FileNotFoundError(f"no agent at {args.policy}: examples/train.py makes one")
-        policy: Policy = load(args.policy, device=device).policy
+        policy: Policy = load(args.policy, device=device).best_policy
     else:
         policy = VARTextPolicy.load(args.policy, Tokenizer.load(args.tokenizer))
     policy.tokenizer.to(device)

@@ -2,11 +2,14 @@
 
     python examples/compare.py                                  # less than ten minutes on two cores
     python examples/compare.py --preset full --out runs/full    # hours: three seeds, a larger budget
-    python examples/compare.py --agents grpo grpo+panw --images 6400 --out runs/panw-alone
+    python examples/compare.py --agents                         # lists the agents
+    python examples/compare.py --agents grpo vmr+panw+mp stage ppo reinforce rloo
+    python examples/compare.py --agents grpo+panw --alpha 0.8 --images 6400 --out runs/panw-alone
+    python examples/compare.py --plugin my_agent.py --agents grpo mine vmr+mine
     tensorboard --logdir runs                                   # scalars, pictures and texts while it trains
 
-An agent is an algorithm, grpo or vmr, and wrappers around it, panw and mp, joined by "+". The default is the paper's
-method step by step: grpo, vmr, vmr+panw, vmr+panw+mp.
+An agent is an algorithm and wrappers around it, joined by "+". The default is the paper's method step by step: grpo,
+vmr, vmr+panw, vmr+panw+mp. docs/agents.md tells them apart. Your own joins with one decorator, see custom_agent.py.
 
 In --out: results.md (the tables), results.json (settings, versions, every score), curves.png, budgets.png (the held-out
 curves against images, tokens, updates and seconds), before_after.png, and for each run AGENT/seedK/ with TensorBoard
@@ -33,9 +36,11 @@ from pathlib import Path
 from typing import Any
 
 import report
-from common import AGENTS, clear_errors, make_parser, parts_of
+from common import AGENTS, add_plugin_option, clear_errors, load_plugins, make_parser, option_of
 from report import Result
 from runs import Comparison, Preset, add_run_options, finish
+
+from agents import registry
 
 PRESETS: dict[str, Preset] = {
     "quick": Preset(seconds=600.0),
@@ -45,8 +50,16 @@ SEEDS = {"quick": [0], "full": [0, 1, 2]}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    load_plugins(argv)
     parser = make_parser(__doc__)
-    parser.add_argument("--agents", nargs="+", metavar="AGENT", default=AGENTS, help=f"(default: {' '.join(AGENTS)})")
+    parser.add_argument(
+        "--agents",
+        nargs="*",
+        metavar="AGENT",
+        default=AGENTS,
+        help=f"without names: list what there is (default: {' '.join(AGENTS)})",
+    )
+    add_plugin_option(parser)
     parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="(default: %(default)s)")
     seeds = ", ".join(f"{' '.join(map(str, seeds))} in {name}" for name, seeds in SEEDS.items())
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help=f"one run each (default: {seeds})")
@@ -56,11 +69,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_run_options(parser, PRESETS)
     args = parser.parse_args(argv)
+    if not args.agents:
+        print(registry.listing())
+        sys.exit()
     with clear_errors():
         finish(args, PRESETS[args.preset])
         args.agents = list(dict.fromkeys(args.agents))
-        for agent in args.agents:
-            parts_of(agent)
+        unused = args.method.keys() - {name for agent in args.agents for name in registry.options_in(agent)}
+        if unused:
+            raise ValueError(f"none of {', '.join(args.agents)} has the option {option_of(min(unused))}: leave it out")
     args.seeds = list(dict.fromkeys(args.seeds or SEEDS[args.preset]))
     args.out = args.out or Path("runs") / f"compare-{args.preset}"
     return args

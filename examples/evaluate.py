@@ -3,6 +3,7 @@
     python examples/evaluate.py                                              # the shipped base policy
     python examples/evaluate.py --policy runs/compare-quick/grpo/seed0/policy.safetensors
     python examples/evaluate.py --policy runs/train/agent.zip --prompts 1024 --temperature 0.8
+    python examples/evaluate.py --best-of 8                                  # the best by reward of 8 pictures a prompt
     python examples/evaluate.py --clip openai/clip-vit-base-patch32          # with CLIPScore, the paper's third metric
     python examples/evaluate.py --temperatures-of runs/compare-quick/grpo/seed0/policy.safetensors
     python examples/evaluate.py --gates                                      # do the shipped weights meet their gates?
@@ -69,6 +70,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gates", action="store_true", help="check the two gates of the shipped weights")
     parser.add_argument("--prompts", type=int, default=256, help="held-out prompts (default: %(default)s)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default: %(default)s)")
+    parser.add_argument(
+        "--best-of",
+        type=int,
+        default=1,
+        metavar="N",
+        help="draw N pictures for each prompt and keep the one with the highest reward (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and of the sampler (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="(default: %(default)s)")
     parser.add_argument(
@@ -86,7 +94,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_decoding_options(parser)
     args = parser.parse_args(argv)
     with clear_errors():
-        require_at_least_one(prompts=args.prompts)
+        require_at_least_one(prompts=args.prompts, best_of=args.best_of)
     return args
 
 
@@ -177,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             clip.load()  # before the pictures are drawn, should it be missing
     if args.gates:
         return int(not check_gates(policy, env, scenes, args.seed))
-    evaluation = evaluate(policy, env, scenes, decoding, args.seed, BATCH)
+    evaluation = evaluate(policy, env, scenes, decoding, args.seed, BATCH, args.best_of)
     measured = measure(evaluation)
     if clip:
         scores = clip(evaluation.images, scenes).scores

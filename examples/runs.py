@@ -22,22 +22,21 @@ from typing import Any
 import report
 from common import (
     INTERRUPTED,
-    METHOD,
     CurveEval,
     ImageBar,
     Interrupt,
     StopOnInterrupt,
-    add_method_options,
+    add_agent_options,
     add_model_options,
+    agent_settings,
     budget,
     clear_errors,
     copy_of,
     load_policy,
-    make_agent,
     make_env,
-    method_from,
-    method_of,
+    option_of,
     require_at_least_one,
+    settings_of,
     write_json,
 )
 from report import Result
@@ -45,7 +44,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from tqdm import tqdm
 
-from agents import GRPO, ConflictProbe, Decoding, StopAfter, Wrapper, evaluate, held_out_scenes
+from agents import GRPO, Agent, ConflictProbe, Decoding, StopAfter, Wrapper, evaluate, held_out_scenes, registry
 from agents.policies.base import Policy
 from var_env import VARTextVectorEnv
 
@@ -85,7 +84,7 @@ class Preset:
 
 
 def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Preset]) -> None:
-    """``--device`` and so on, the fields of `Preset`, and the method's settings, for `finish`."""
+    """``--device`` and so on, the fields of `Preset`, and the agents' settings, for `finish`."""
     add_model_options(parser)
     group = parser.add_argument_group("what all runs have in common")
     for entry in dataclasses.fields(Preset):
@@ -93,19 +92,19 @@ def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Prese
         same = len(set(values.values())) == 1
         default = next(iter(values.values())) if same else ", ".join(f"{v} in {name}" for name, v in values.items())
         group.add_argument(
-            f"--{entry.name.replace('_', '-')}",
+            option_of(entry.name),
             type=type(entry.default),
             metavar=type(entry.default).__name__.upper(),
             help=f"{entry.metadata['help']} (default: {default})",
         )
-    add_method_options(parser)
+    add_agent_options(parser, without=[entry.name for entry in dataclasses.fields(Preset)])
 
 
 def finish(args: argparse.Namespace, preset: Preset) -> None:
-    """Set ``args.settings``, a `Preset`, and ``args.method`` to the defaults with what was given."""
+    """Set ``args.settings``, a `Preset` with what was given, and ``args.method``, the other settings of the agents."""
     given = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(Preset)}
     args.settings = dataclasses.replace(preset, **{name: value for name, value in given.items() if value is not None})
-    args.method = METHOD | method_from(args)
+    args.method = {name: value for name, value in agent_settings(args).items() if name not in given}
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -117,9 +116,9 @@ class Cell:
 
     Attributes:
         label: its folder and its name in tables; not two agents of one ``out`` may share it.
-        recipe: see `common.parts_of`.
+        recipe: see ``agents/registry.py``.
         seed: of the prompts and the sampler; ``None`` is no run, but the base policy.
-        method: the settings that its recipe uses.
+        method: what makes the agent what it is, see `common.settings_of`.
     """
 
     label: str
@@ -156,7 +155,7 @@ class Comparison:
 
     def cell(self, recipe: str, seed: int, **changes: Any) -> Cell:
         """A run of a recipe, its label, with some of the method's settings changed."""
-        method = method_of(recipe, self.method | changes)
+        method = settings_of(recipe, self.method | changes)
         if "split" in method:
             method["split"] = self.base.schedule.middle_step(method["split"])
         return Cell(recipe, recipe, seed, method)
@@ -178,10 +177,10 @@ class Comparison:
                 )
         return result
 
-    def result(self, cell: Cell, policy: Policy, **more: Any) -> Result:
+    def result(self, cell: Cell, policy: Policy, best_of: int = 1, **more: Any) -> Result:
         """Evaluate a policy on the test prompts, save the pictures and the result, and return it."""
         tqdm.write(f"{cell}: evaluating on {len(self.test)} held-out prompts", file=sys.stderr)
-        evaluation = evaluate(policy, self.env, self.test, self.decoding, NOISE_SEED)
+        evaluation = evaluate(policy, self.env, self.test, self.decoding, NOISE_SEED, best_of=best_of)
         result = {
             "agent": cell.label,
             "seed": cell.seed,
@@ -195,20 +194,21 @@ class Comparison:
         write_json(folder / "result.json", result)
         return result
 
-    def agent(self, cell: Cell) -> GRPO | Wrapper:
+    def agent(self, cell: Cell) -> Agent | Wrapper:
         """A new agent on a copy of the base policy."""
-        return make_agent(
+        available = registry.options_in(cell.recipe)
+        common = {name: value for name, value in dataclasses.asdict(self.settings).items() if name in available}
+        return registry.make(
             cell.recipe,
-            copy_of(self.base),
             self.env,
-            cell.method,
-            group_size=self.settings.group_size,
-            prompts_per_update=self.settings.prompts_per_update,
-            learning_rate=self.settings.learning_rate,
-            kl_coef=self.settings.kl_coef,
-            decoding=Decoding(temperature=self.settings.temperature),
-            seed=cell.seed,
-            device=self.base.device,
+            copy_of(self.base),
+            **{
+                **common,
+                **cell.method,
+                "decoding": Decoding(temperature=self.settings.temperature),
+                "seed": cell.seed,
+                "device": self.base.device,
+            },
         )
 
     def train(self, cell: Cell, cap: float | None, interrupt: Interrupt) -> Result | None:
@@ -219,24 +219,25 @@ class Comparison:
         agent.set_logger(configure(str(folder), ["tensorboard", "csv"]))
         callbacks: list[BaseCallback] = [
             CurveEval(settings.eval_every, self.val, "val", NOISE_SEED, self.decoding),
-            ConflictProbe(4 * settings.eval_every),  # costs as much as two or three updates
             StopAfter(images=settings.images, seconds=cap),
             StopOnInterrupt(interrupt),
             ImageBar(settings.images, str(cell)),
         ]
+        if isinstance(agent.unwrapped, GRPO):
+            callbacks.insert(1, ConflictProbe(4 * settings.eval_every))  # costs as much as two or three updates
         agent.learn(agent.timesteps(settings.images), callbacks)
         agent.logger.close()
-        if agent.n_updates == 0:
+        if agent.n_updates == 0 and interrupt.requested:
             return None
-        trained: Any = agent.policy
-        trained.save(folder / "policy.safetensors")
+        agent.best_policy.save(folder / "policy.safetensors")
         short = agent.images_decoded < settings.images
         if cap is not None and agent.seconds >= cap and short:
             tqdm.write(
                 f"{cell}: stopped at {agent.images_decoded} images, after {cap:.0f} s of training (--seconds)",
                 file=sys.stderr,
             )
-        return self.result(cell, agent.policy, finished=not (short and interrupt.requested), budget=budget(agent))
+        finished = not (short and interrupt.requested)
+        return self.result(cell, agent.best_policy, agent.best_of, finished=finished, budget=budget(agent))
 
     def run(self, plan: Sequence[Cell], write: Callable[[Result, list[Result]], str]) -> int:
         """Train what is not finished, write the report after each run, and print it in the end; the exit status.

@@ -6,10 +6,11 @@
     python examples/train.py --support sampler --top-k 20 --guidance 2 --out runs/truncated
     tensorboard --logdir runs
 
-An agent is an algorithm, grpo or vmr, and wrappers around it, panw and mp, from the inside out, joined by "+".
+An agent is an algorithm and wrappers around it, from the inside out, joined by "+"; compare.py --agents lists them.
 
-In --out: TensorBoard events, agent.zip (all that --resume needs, also written every --save-every updates) and
-policy.safetensors. ``python examples/evaluate.py --policy runs/first/policy.safetensors`` measures the result.
+In --out: TensorBoard events, agent.zip (all that --resume needs, also written every --save-every updates),
+policy.safetensors, and best.safetensors, the policy with the best word accuracy on held-out prompts, which is not what
+it was trained on. ``python examples/evaluate.py --policy runs/first/policy.safetensors`` measures the result.
 
 Ctrl-C finishes the update and saves; --resume then goes on as if nothing had happened. So it does from the last
 agent.zip when training ended with an error.
@@ -18,62 +19,42 @@ agent.zip when training ended with an error.
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from common import (
     INTERRUPTED,
-    METHOD,
     CurveEval,
     ImageBar,
     Interrupt,
     StopOnInterrupt,
+    add_agent_options,
     add_decoding_options,
-    add_method_options,
     add_model_options,
+    add_plugin_option,
     add_regions_option,
+    agent_settings,
     clear_errors,
     decoding_from,
+    load_plugins,
     load_policy,
-    make_agent,
     make_env,
     make_parser,
-    method_from,
-    method_of,
     require_at_least_one,
 )
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
-from agents import GRPO, Agent, Decoding, StopAfter, Wrapper, load
-from agents.callbacks import AgentCallback
-from agents.losses import KL_KINDS, RATIO_LEVELS
-
-SETTINGS: dict[str, str] = {  # options of the agent that are numbers; the defaults are its own
-    "learning_rate": "AdamW's",
-    "group_size": "G, pictures for each prompt",
-    "prompts_per_update": "P, so that an update learns from P * G pictures",
-    "clip_range": "the ratio moves the loss within 1 +- this",
-    "kl_coef": "weight of the KL to the policy at the start; 0 is without",
-    "advantage_eps": "added to a group's standard deviation",
-    "epochs": "passes over a rollout",
-    "minibatches": "optimiser steps an epoch",
-    "micro_batch": "rows in one forward and backward pass, to fit the memory; changes nothing else",
-    "max_grad_norm": "the gradient is scaled down to this norm",
-    "image_interval": "updates between two pictures of samples in TensorBoard; 0 for none",
-}
-CHOICES: dict[str, tuple[Iterable[str], str]] = {
-    "kl": (KL_KINDS, "how the KL is estimated"),
-    "ratio_level": (RATIO_LEVELS, "level of the importance ratios"),
-    "support": (("model", "sampler"), "sampler: renormalise log-probabilities on what a truncated sampler can draw"),
-}
+from agents import Agent, Decoding, StopAfter, Wrapper, load, registry
+from agents.callbacks import AgentCallback, BestCheckpoint
+from agents.schedules import SCHEDULES, make_schedule
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    load_plugins(argv)
     parser = make_parser(__doc__)
+    add_plugin_option(parser)
     parser.add_argument("--agent", default="grpo", help="such as vmr+panw+mp (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/train"), help="(default: %(default)s)")
     parser.add_argument(
@@ -89,24 +70,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_model_options(parser)
     add_regions_option(parser)
     add_decoding_options(parser)
-    group = parser.add_argument_group("the agent")
-    defaults = {**inspect.signature(Agent.__init__).parameters, **inspect.signature(GRPO.__init__).parameters}
-    for name, text in SETTINGS.items():
-        default = defaults[name].default
-        group.add_argument(
-            option_of(name), type=float if isinstance(default, float) else int, help=f"{text} (default: {default})"
-        )
-    for name, (choices, text) in CHOICES.items():
-        group.add_argument(option_of(name), choices=choices, help=f"{text} (default: {defaults[name].default})")
-    add_method_options(parser)
+    add_agent_options(parser)
+    group = parser.add_argument_group("the learning rate over time")
+    group.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help="what becomes of --learning-rate on the way to --images (default: it stays)",
+    )
+    group.add_argument(
+        "--warmup", type=float, help="the share of the way on which it rises from 0; with --schedule (default: 0.05)"
+    )
     args = parser.parse_args(argv)
     with clear_errors():
         require_at_least_one(**{n: getattr(args, n) for n in ("images", "save_every", "eval_every", "eval_prompts")})
     return args
-
-
-def option_of(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 class SaveEvery(AgentCallback):
@@ -114,36 +91,39 @@ class SaveEvery(AgentCallback):
 
     def __init__(self, updates: int, path: Path) -> None:
         super().__init__()
-        self.updates, self.path = updates, path
+        self.updates, self.path, self.saved = updates, path, -1
 
     def _on_rollout_start(self) -> None:
-        if self.model.n_updates % self.updates == 0:
+        updates = self.model.n_updates
+        if updates % self.updates == 0 and updates != self.saved:  # the batches of one update are not told apart
             self.model.save(self.path)
+            self.saved = updates
 
 
-def agent_from(args: argparse.Namespace, path: Path) -> GRPO | Wrapper:
+class CurveAndBest(CurveEval, BestCheckpoint):
+    """Evaluates, prints a line, and keeps the best policy by word accuracy."""
+
+
+def agent_from(args: argparse.Namespace, path: Path) -> Agent | Wrapper:
     """A new agent, or the one in ``path`` with the settings that were given again."""
-    settings: dict[str, Any] = {name: getattr(args, name) for name in [*SETTINGS, *CHOICES]}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    method = method_from(args)
+    settings = agent_settings(args)
+    if args.warmup is not None and args.schedule is None:
+        raise ValueError("--warmup belongs to a --schedule: give one, such as constant")
+    if args.schedule is not None:
+        rate = settings.get("learning_rate", registry.options_of(Agent)["learning_rate"])
+        settings["learning_rate"] = make_schedule(args.schedule, rate, 0.05 if args.warmup is None else args.warmup)
     if args.resume:
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path} to go on from: leave out --resume")
-        agent: GRPO | Wrapper = load(path, device=args.device, **settings, **method)
+        agent: Agent | Wrapper = load(path, device=args.device, **settings)
         agent.set_env(make_env(agent.policy, agent.prompts_per_update, regions=args.regions))
         agent.unwrapped.decoding = decoding_from(args, agent.decoding)
         return agent
     if path.exists():
         raise ValueError(f"{path} exists: go on from it with --resume, or choose another --out")
-    unused = sorted(method.keys() - method_of(args.agent, METHOD).keys())
-    if unused:
-        raise ValueError(
-            f"{option_of(unused[0])} does nothing for {args.agent}: choose another --agent, or leave it out"
-        )
     policy = load_policy(args)
-    env = make_env(policy, regions=args.regions)
     common = {"decoding": decoding_from(args, Decoding()), "seed": args.seed, "device": policy.device}
-    return make_agent(args.agent, policy, env, METHOD | method, **common, **settings)
+    return registry.make(args.agent, make_env(policy, regions=args.regions), policy, **common, **settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,7 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.out / "agent.zip"
     with clear_errors():
         agent = agent_from(args, path)
-        evaluation = CurveEval(args.eval_every, args.eval_prompts)
+        evaluation = CurveAndBest(args.out / "best.safetensors", every=args.eval_every, prompts=args.eval_prompts)
+        if args.resume:
+            evaluation.go_on()
     if agent.images_decoded >= args.images:
         print(f"{path} has seen {agent.images_decoded} images: give a larger --images to go on")
         return 0
@@ -171,8 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.exit(f"error: {error}\n{path} holds the last checkpoint, intact: --resume goes on from it")
         agent.logger.close()
         agent.save(path)
-        policy: Any = agent.policy
-        policy.save(args.out / "policy.safetensors")
+        agent.best_policy.save(args.out / "policy.safetensors")
     print(f"{agent.images_decoded} images, {agent.n_updates} updates: {path}, {args.out / 'policy.safetensors'}")
     return INTERRUPTED if interrupt.requested else 0
 

@@ -104,7 +104,7 @@ class TestRuns:
         assert all(line in text for line in printed.splitlines() if line.startswith("|"))
         content = json.loads((out / "results.json").read_text())
         assert content["tables"]["mp"] == {"without": CELLS[3], "with": CELLS[4]}
-        assert content["settings"]["split"] == "m_32" and content["base"]["agent"] == "base"
+        assert content["settings"]["split"] == "half" and content["base"]["agent"] == "base"
 
     def test_figures(self, ablated):
         for name in ("m.png", "mp.png", "tokens_per_step.png"):

@@ -76,6 +76,16 @@ def test_clip_that_is_not_there_ends_before_anything_is_drawn(script, options, t
     assert not (tmp_path / "evaluation.json").exists()
 
 
+def test_best_of(script, options, tmp_path, capsys):
+    assert script.main([*options, "--best-of", "2"]) == 0
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    policy = script.load_policy(script.parse(options))
+    drawn = script.evaluate(policy, script.make_env(policy), 24, batch_size=script.BATCH, best_of=2)
+    assert evaluation["prompts"]["reward"] == pytest.approx(drawn.scores, abs=1e-5)
+    with pytest.raises(SystemExit, match="--best-of must be at least 1, got 0"):
+        script.main([*options, "--best-of", "0"])
+
+
 def test_by_words(script, options, tmp_path, capsys):
     assert script.main([*options, "--regions", "1:0.2,2:0.8"]) == 0
     printed, evaluation = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())

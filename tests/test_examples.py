@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_agent, tiny_policy
+from tiny import tiny_agent, tiny_policy, weights_of
 
-from agents import GRPO, load
+from agents import GRPO, load, registry
 from rewards import OCRReward, RewardOutput
 from var_env import ScaleSchedule, Tokenizer
 
@@ -92,30 +92,42 @@ def test_a_foreign_package_agents_is_named(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: the package `agents` that Python finds is")
 
 
-class TestRecipes:
+class TestAgentOptions:
+    def test_every_option_has_a_help_text(self, module):
+        for options in module("common").agent_options():
+            missing = [name for name, (_, text) in options.items() if not text.partition(": ")[2] and len(text) < 5]
+            assert missing == []
+
+    def test_help_and_defaults_come_from_the_classes(self, module, capsys):
+        with pytest.raises(SystemExit):
+            module("compare").main(["--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert (
+            "--alpha X panw: the exponent of eq. 9, at least 0. The paper finds 0.6 to 0.8 best. (default: 0.6)" in text
+        )
+        assert text.count("--kl-coef FLOAT weight") == 1 and "--kl-coef X" not in text  # the comparison's own, once
+
     @pytest.mark.parametrize(
-        ("recipe", "chain"),
+        ("default", "text", "value"),
         [
-            ("grpo", "GRPO()"),
-            ("grpo+panw", "PANW(GRPO(), alpha=0.7)"),
-            (
-                "vmr+mp",
-                "MaskPropagation(VMR(split=2, suffix_samples=2, eta=1.0), boxes='read', soft=False, dilation=0)",
-            ),
+            (2, "3", 3),
+            (0.5, "1", 1.0),
+            ("half", "4", 4),
+            ("half", "m_32", "m_32"),
+            (None, "0.2", 0.2),
+            (None, "None", None),
         ],
     )
-    def test_a_chain(self, recipe, chain, parts, module):
-        common = module("common")
-        policy = tiny_policy(parts["tokenizer"])
-        agent = common.make_agent(recipe, policy, None, common.METHOD | {"alpha": 0.7}, group_size=3, device="cpu")
-        assert str(agent) == chain and agent.group_size == 3
+    def test_values(self, module, default, text, value):
+        read = module("common").value_like(default)(text)
+        assert read == value and type(read) is type(value)
 
-    def test_every_setting_has_a_help_text(self, module):
-        common = module("common")
-        assert common.METHOD.keys() == common.METHOD_HELP.keys()
-        assert {name for recipe in common.AGENTS for name in common.method_of(recipe, common.METHOD)} == {
-            *common.METHOD
-        }
+    def test_settings_of_a_run(self, module):
+        settings_of = module("common").settings_of
+        assert settings_of("grpo", {}) == settings_of("grpo", {"alpha": 0.8}) == {}
+        assert settings_of("grpo+panw", {"alpha": 0.9, "epochs": 2}) == {"alpha": 0.9, "epochs": 2}
+        assert settings_of("vmr", {"eta": 0.5})["eta"] == 0.5 and settings_of("vmr", {})["split"] == "half"
+        assert settings_of("dr_grpo", {}) == {"advantage_scale": "none"}
 
 
 RECIPES = ("grpo", "vmr+panw+mp")
@@ -131,8 +143,15 @@ def compared(weights, tmp_path_factory):
 class TestCompare:
     def test_the_default_is_the_method_step_by_step(self, module):
         args = module("compare").parse([])
-        assert args.agents == ["grpo", "vmr", "vmr+panw", "vmr+panw+mp"]
-        assert (args.method["split"], args.method["suffix_samples"], args.method["alpha"]) == ("m_32", 2, 0.6)
+        assert args.agents == ["grpo", "vmr", "vmr+panw", "vmr+panw+mp"] and args.method == {}
+
+    def test_agents_without_names_lists_them(self, module, capsys):
+        with pytest.raises(SystemExit) as end:
+            module("compare").main(["--agents"])
+        text = capsys.readouterr().out
+        assert not end.value.code
+        for name in (*registry.known(), *registry.VARIANTS, *registry.BUNDLES):
+            assert f"\n  {name} " in text
 
     def test_results(self, compared):
         out, printed = compared
@@ -231,16 +250,17 @@ class TestCompare:
         assert "learning_rate=5e-05, and now it is 3e-05" in message and "--out" in message
         assert "alpha=0.6, and now it is 0.8" in refused(module("compare").main, *options, "--alpha", "0.8")
 
-    def test_settings_that_an_agent_does_not_use_are_not_compared(self, compared, weights, module, capsys):
-        options = [*weights, *COMPARE, "--agents", "grpo", "--alpha", "0.8", "--split", "1", "--out", compared[0]]
-        assert module("compare").main([str(option) for option in options]) == 0
-        assert "grpo, seed 0: finished earlier" in capsys.readouterr().err
+    def test_settings_that_no_agent_uses(self, module, tmp_path):
+        message = refused(module("compare").main, "--agents", "grpo", "gspo", "--alpha", "0.8", "--out", tmp_path)
+        assert message == "error: none of grpo, gspo has the option --alpha: leave it out"
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--agents", "ppo"], "unknown agent 'ppo': give grpo or vmr, followed by +panw, +mp or several"),
-            (["--agents", "grpo", "vmr+vmr"], "unknown agent 'vmr+vmr'"),
+            (["--agents", "grpo", "vmr+pamw"], "unknown agent 'pamw' in 'vmr+pamw': choose from grpo, "),
+            (["--agents", "grpo", "vmr+vmr"], "'vmr+vmr' names two algorithms"),
+            (["--plugin", "nowhere.py"], "nowhere.py"),
+            (["--plugin", "no_such_module"], "No module named 'no_such_module'"),
             (["--split", "9"], "split must be the number of prefix grids, 1 to 3"),
             (["--agents", "vmr+panw", "--alpha", "-1"], "alpha must be a finite number of at least 0, got -1.0"),
             (["--suffix-samples", "0"], "suffix_samples must be a whole number of at least 1, got 0"),
@@ -306,7 +326,7 @@ def trained(weights, tmp_path_factory):
         ("compare", ["--eval-every", "0"], "--eval-every must be at least 1, got 0"),
         ("compare", ["--kl-coef", "nan"], "--kl-coef must be at least 0, got nan"),
         ("train", ["--save-every", "0"], "--save-every must be at least 1, got 0"),
-        ("train", ["--clip-range", "0"], "clip_range and max_grad_norm above 0"),
+        ("train", ["--clip-range", "0"], "clip_range must be above 0, got 0.0"),
         ("evaluate", ["--prompts", "0"], "--prompts must be at least 1, got 0"),
         ("evaluate", ["--top-p", "2"], "top_p must lie in (0, 1], got 2.0"),
         ("evaluate", ["--regions", "1:0.5"], "probabilities that sum to 1"),
@@ -337,11 +357,27 @@ class TestTrain:
         assert (agent.images_decoded, agent.learning_rate, agent.clip_range, agent.decoding.top_k) == (24, 3e-5, 0.3, 8)
         assert module("train").main(more) == 0  # nothing left to do
 
+    def test_schedule_average_and_best(self, weights, module, tmp_path):
+        options = [*weights, *TINY, "--eval-prompts", "2", "--eval-every", "2", "--out", str(tmp_path)]
+        options += ["--entropy-coef", "0.1"]  # the rewards are all equal, and would move nothing
+        rate = ["--learning-rate", "1e-3", "--schedule", "linear", "--warmup", "0.5", "--ema-decay", "0.5"]
+        assert "--warmup belongs to a --schedule" in refused(module("train").main, *options, *rate[4:])
+        assert module("train").main([*options, *rate]) == 0
+        events = EventAccumulator(str(tmp_path)).Reload()
+        rates = [event.value for event in events.Scalars("train/learning_rate")]
+        assert rates == pytest.approx([0.0, 0.5e-3, 1e-3, 0.5e-3])
+        agent = load(tmp_path / "agent.zip", device="cpu")
+        saved = type(agent.policy).load(tmp_path / "policy.safetensors", agent.policy.tokenizer)
+        assert all(torch.equal(weight, weights_of(agent.ema)[name]) for name, weight in weights_of(saved).items())
+        assert not torch.equal(agent.ema.head.weight, agent.policy.head.weight)
+        best = json.loads((tmp_path / "best.json").read_text())
+        assert best["metric"] == "word_accuracy" and (tmp_path / "best.safetensors").is_file()
+
     def test_a_wrapped_agent(self, weights, module, tmp_path, capsys):
         options = [*weights, *TINY, "--eval-prompts", 2, "--out", tmp_path]
         wrapped = ["--agent", "vmr+panw+mp", "--split", "m_32", "--alpha", 0.9, "--soft", "--prefix-updates", 1]
         message = refused(module("train").main, *options, "--agent", "grpo+panw", "--eta", 2)
-        assert "--eta does nothing for grpo+panw" in message
+        assert "'grpo+panw' has no option 'eta': it has " in message
         assert module("train").main([str(option) for option in [*options, *wrapped]]) == 0
         chain = "MaskPropagation(PANW(VMR(split=2, suffix_samples=2, eta=1.0), alpha={}), boxes='read', soft=True, "
         agent = load(tmp_path / "agent.zip", device="cpu")
@@ -485,14 +521,33 @@ class TestSweep:
 
 
 class TestCustomAgent:
-    @pytest.mark.parametrize("agent", ["grpo", "vmr+panw"])
-    def test_is_trained_beside_what_it_wraps(self, weights, agent):
-        printed = run("custom_agent", *weights, "--agent", agent, "--images", 64, "--prompts", 2)
-        names = [row[0] for row in rows_of("\n" + printed + "\n", "")[1:]]
-        assert names[0] == "base policy" and names[2] == f"CoarseFirst({names[1]}, updates_per_scale=3)"
+    @pytest.mark.parametrize("script", ["custom_agent", "custom_wrapper"])
+    def test_is_compared_with_grpo(self, weights, script, tmp_path):
+        printed = run(script, *weights, *COMPARE, "--out", tmp_path)
+        mine = {"custom_agent": "soft_best", "custom_wrapper": "grpo+coarse_first"}[script]
+        policies = [row[1] for row in rows_of("\n" + printed + "\n", "")[1:4]]
+        assert policies == ["base", "grpo", mine]
+        assert (tmp_path / mine / "seed0" / "policy.safetensors").is_file()
+
+    def test_joins_as_a_plugin(self, weights, tmp_path):
+        small = [*weights, *COMPARE, "--out", tmp_path / "runs"]
+        printed = run("compare", "--plugin", EXAMPLES / "custom_agent.py", *small, "--agents", "soft_best", "--beta", 2)
+        assert "soft_best" in printed
+        result = json.loads((tmp_path / "runs" / "soft_best" / "seed0" / "result.json").read_text())
+        assert result["config"]["beta"] == 2.0
+
+    def test_from_scratch_in_less_than_80_lines(self):
+        assert len((EXAMPLES / "custom_agent.py").read_text().splitlines()) < 80
+
+    def test_softmax_weights(self, module, parts):
+        agent = tiny_agent(parts, module("custom_agent").SoftBest, beta=0.01)
+        before = weights_of(agent.policy)
+        agent.iterate()
+        assert agent.n_updates == 1 and agent.images_decoded == 8 and agent.seconds > 0
+        assert any(not torch.equal(before[name], weight) for name, weight in weights_of(agent.policy).items())
 
     def test_grids_join_one_by_one(self, module, parts):
-        agent = module("custom_agent").CoarseFirst(tiny_agent(parts), updates_per_scale=2)
+        agent = module("custom_wrapper").CoarseFirst(tiny_agent(parts), updates_per_scale=2)
         rollout, whole = agent.sample(), range(3)
         for updates, tokens in ((0, 1), (1, 1), (2, 5), (3, 5), (4, 21)):
             agent.unwrapped._n_updates = updates
