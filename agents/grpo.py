@@ -308,7 +308,9 @@ class GRPO(Agent):
         kl = torch.zeros_like(policy_loss)
         if self.kl_coef and self.kl_in == "loss":
             kl = self.kl_to_reference(rollout, rows, steps, new)
-        loss = (weights.policy * policy_loss).sum() + (kl_weight * kl).sum() - (entropy_weight * new.entropy).sum()
+        loss = (weights.policy * policy_loss).sum() + (kl_weight * kl).sum()
+        if self.entropy_coef:  # a weight of zero would still cost its backward pass
+            loss = loss - (entropy_weight * new.entropy).sum()
         behaviour = torch.cat([rollout.behaviour_logp[t][rows] for t in steps], 1).sum(-1)  # (b, n)
         seen = (policy_loss, kl, new.entropy, weights.policy, kl_weight, entropy_weight, ratio, behaviour - old)
         return loss, logs.Tokens(*(part.detach() for part in seen))

@@ -29,7 +29,7 @@ from agents.registry import Registry
 MAX_LOG_RATIO = 10.0  # exp(10) = 2e4: far outside any trust region, and still a finite gradient
 
 # What the registered functions are, with their arguments.
-ADVANTAGE_SCALES: Registry[Callable[[Tensor, float, int], Tensor]] = Registry("advantage_scale")  # centred, eps, ddof
+ADVANTAGE_SCALES: Registry[Callable[[Tensor, Tensor, float, int], Tensor]] = Registry("advantage_scale")  # see below
 RATIO_LEVELS: Registry[Callable[[Tensor, Sequence[int]], Tensor]] = Registry("ratio_level")  # log-ratio (B, n), sizes
 AGGREGATIONS: Registry[Callable[[Tensor, Sequence[int]], Tensor]] = Registry("aggregation")  # weights (B, n), sizes
 KL_ESTIMATES: Registry[Callable[[Tensor], Tensor]] = Registry("kl")  # log reference - log policy (B, n)
@@ -50,7 +50,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4, ddof: int = 1, scale: s
     if rewards.shape[1] == 1:
         return torch.zeros_like(rewards)
     centred = rewards - rewards.mean(1, keepdim=True)
-    advantages = ADVANTAGE_SCALES[scale](centred, eps, ddof)  # (P, G)
+    advantages = ADVANTAGE_SCALES[scale](centred, rewards, eps, ddof)  # (P, G)
     return advantages.masked_fill(zero_variance(rewards)[:, None], 0.0)
 
 
@@ -72,13 +72,13 @@ def _checked(rewards: Tensor) -> Tensor:
 
 
 @ADVANTAGE_SCALES.register("group")
-def group_scale(centred: Tensor, eps: float, ddof: int) -> Tensor:
-    """Divided by the standard deviation of each group: GRPO."""
-    return centred / (centred.std(1, correction=ddof, keepdim=True) + eps)
+def group_scale(centred: Tensor, rewards: Tensor, eps: float, ddof: int) -> Tensor:
+    """Rewards minus their group's mean, divided by the standard deviation of each group: GRPO."""
+    return centred / (rewards.std(1, correction=ddof, keepdim=True) + eps)
 
 
 @ADVANTAGE_SCALES.register("batch")
-def batch_scale(centred: Tensor, eps: float, ddof: int) -> Tensor:
+def batch_scale(centred: Tensor, rewards: Tensor, eps: float, ddof: int) -> Tensor:
     """Divided by one standard deviation, of the batch around its groups' means: REINFORCE++ with a group baseline.
 
     A group of nearly equal rewards then stays small, where `group_scale` blows it up.
@@ -87,7 +87,7 @@ def batch_scale(centred: Tensor, eps: float, ddof: int) -> Tensor:
 
 
 @ADVANTAGE_SCALES.register("none")
-def no_scale(centred: Tensor, eps: float, ddof: int) -> Tensor:
+def no_scale(centred: Tensor, rewards: Tensor, eps: float, ddof: int) -> Tensor:
     """Rewards minus the group's mean: Dr. GRPO, section 3.1."""
     return centred
 

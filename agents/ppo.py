@@ -166,7 +166,7 @@ class PPO(GRPO):
         """Each grid's advantage for all of its tokens, ``(B, n)``, normalised over the B * T grids."""
         _, advantages, _ = self.estimates(rollout)  # (B, T)
         centred = advantages - advantages.mean()
-        scaled = losses.ADVANTAGE_SCALES[self.advantage_scale](centred, self.advantage_eps, 1)  # (B, T)
+        scaled = losses.ADVANTAGE_SCALES[self.advantage_scale](centred, advantages, self.advantage_eps, 1)  # (B, T)
         sizes = torch.tensor([self.policy.schedule.sizes[t] for t in steps], device=scaled.device)
         return scaled.repeat_interleave(sizes, 1)
 

@@ -43,7 +43,7 @@ from runs import Comparison, Preset, add_run_options, finish
 from agents import registry
 
 PRESETS: dict[str, Preset] = {
-    "quick": Preset(seconds=600.0),
+    "quick": Preset(seconds=150.0),
     "full": Preset(images=12_800, test_prompts=512, val_prompts=128, eval_every=25),
 }
 SEEDS = {"quick": [0], "full": [0, 1, 2]}

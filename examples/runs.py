@@ -64,7 +64,7 @@ class Preset:
     """What all runs have in common. Every field is an option of the command line."""
 
     images: int = option(3200, "budget of each run in reward calls, one for each picture decoded")
-    seconds: float = option(0.0, "cap on the training time of all runs together, shared out equally; 0 for none")
+    seconds: float = option(0.0, "cap on the training time of each run; 0 for none")
     learning_rate: float = option(5e-5, "AdamW's")
     group_size: int = option(8, "G, pictures for each prompt; prefixes for each in VMR's prefix updates")
     prompts_per_update: int = option(8, "P, so that an update learns from P * G rows")
@@ -249,7 +249,7 @@ class Comparison:
             results = {cell: self.finished(cell) for cell in plan}
             for cell in {cell.label: cell for cell in plan}.values():
                 self.agent(cell)  # wrong settings show now and not hours later
-        cap = self.settings.seconds / len(plan) or None
+        cap = self.settings.seconds or None
         failed, written = False, ""
         notice = "Ctrl-C: finishing this update, then evaluating and writing; once more skips the evaluation"
         with Interrupt(notice) as interrupt:

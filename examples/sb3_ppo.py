@@ -2,7 +2,7 @@
 
     python examples/sb3_ppo.py                           # the shipped transformer, the OCR reward; 2 or 3 minutes
     python examples/sb3_ppo.py --policy mlp              # SB3's MultiInputPolicy from scratch, a reward it can learn
-    python examples/sb3_ppo.py --reward brightness       # the transformer on that reward
+    python examples/sb3_ppo.py --reward brightness --learning-rate 5e-5     # the transformer on that reward
 
 Two lines make the environment one for SB3: ``VARTextVectorEnv`` runs the episodes in lockstep, and ``VARTextVecEnv``
 shows them as SB3's VecEnv, with the canvas as a flat MultiDiscrete action. An MLP is then SB3's "MultiInputPolicy", and
@@ -12,6 +12,11 @@ The MLP reads the prompt as 8-bit numbers and draws all cells of a grid independ
 an afternoon makes it write a letter, and a reward that is always 0 teaches nothing. So its reward is how bright the
 picture is, with one fixed prompt: a task that tells whether the plumbing works, and no more. Such a reward is a class
 of five lines, `Brightness` below.
+
+The transformer learns brightness fast: from 0.48 to 0.71 in 640 pictures. On the OCR reward the default budget is too
+small to see a gain, and the table should say that nothing broke. SB3's PPO takes several optimiser steps for each
+rollout, so its learning rate is below that of our agents, which take one: at 5e-5 and with ``gae_lambda=0.95``, 1280
+pictures took the held-out reward from 1.31 to 0.97 (one seed).
 
 What can be compared: rewards at the same number of pictures, between transformers: SB3's PPO here, ``agents.PPO``, GRPO
 and the others of compare.py. What cannot: the MLP with any of them (no pretraining, another task), and seconds (SB3

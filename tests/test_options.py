@@ -624,7 +624,7 @@ class TestRegisteredFunctions:
             monkeypatch.setattr(registry, "_entries", dict(registry))
         losses.RATIO_LEVELS.register("none")(lambda log_ratio, sizes: log_ratio - log_ratio.detach())
         losses.KL_ESTIMATES.register("absolute")(lambda r: r.abs())
-        losses.ADVANTAGE_SCALES.register("sign")(lambda centred, eps, ddof: centred.sign())
+        losses.ADVANTAGE_SCALES.register("sign")(lambda centred, rewards, eps, ddof: centred.sign())
         agent = tiny_agent(parts, ratio_level="none", kl="absolute", advantage_scale="sign", epochs=2)
         agent.learn(STEPS_A_ROLLOUT)
         assert set(agent.judge(agent.sample(), EVERYTHING).advantages.tolist()) == {-1.0, 1.0}
