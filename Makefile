@@ -5,18 +5,20 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
 INSTALLED := .venv/.installed
 BIN := .venv/bin
+PADDLE := .venv-paddle
 
-.PHONY: help compare ablate results test lint bench pretrain clean
+.PHONY: help compare ablate results test test-paddle lint bench pretrain clean
 
 help:
 	@echo "make compare   train agents from the shipped base policy and compare them on held-out words (runs/)"
 	@echo "make ablate    the paper's ablations; ARGS=m for one of them (hours for all)"
 	@echo "make results   what is in results/, again: many hours"
 	@echo "make test      run the tests"
+	@echo "make test-paddle  test the PaddleOCR engine, in an environment of its own (.venv-paddle)"
 	@echo "make lint      run ruff and mypy"
 	@echo "make bench     time the environment, the reward, sampling and updates"
 	@echo "make pretrain  train the tokenizer and the base policy from scratch"
-	@echo "make clean     remove .venv and caches; runs/ stays"
+	@echo "make clean     remove .venv, .venv-paddle and caches; runs/ stays"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,6 +39,16 @@ results: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
+# PaddleOCR needs an older numpy and OpenCV than the results were made with.
+$(PADDLE)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PADDLE)
+	grep -v -e '^numpy' -e '^opencv' constraints.txt > $(PADDLE)/constraints.txt
+	$(PADDLE)/bin/pip install -c $(PADDLE)/constraints.txt -e ".[paddle]" pytest
+	touch $@
+
+test-paddle: $(PADDLE)/.installed
+	$(PADDLE)/bin/python -m pytest tests/test_paddle_engine.py $(ARGS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -48,5 +60,5 @@ pretrain: $(INSTALLED)
 	$(BIN)/python examples/pretrain.py $(ARGS)
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-paddle .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,7 +27,7 @@ from agents import checkpoint, logs
 from agents.callbacks import SampleProgressBar
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
-from agents.rollout import Rollout, act, collect, make_envs
+from agents.rollout import Rollout, act, collect, collect_in_parts, make_envs
 from agents.sampling import Decoding
 from var_env.vector import VARTextVectorEnv
 
@@ -57,6 +57,8 @@ class Agent(BaseAlgorithm):
         lora: options of ``policies.lora.add_lora``, such as ``{"r": 8}``: trains low-rank adapters and leaves the
             weights as they are. Needs the extra "lora". ``None``: trains all weights, or the adapters that the policy
             has already.
+        overlap: parts in which a rollout is drawn, so that a `RewardPool` scores one while the next is drawn; 1 is in
+            one piece, and needs no pool.
         decoding: how training samples are drawn.
         image_interval: updates between two pictures of samples in TensorBoard; 0 for none.
         seed: ``None`` draws one.
@@ -85,6 +87,7 @@ class Agent(BaseAlgorithm):
         max_grad_norm: float = 1.0,
         ema_decay: float | None = None,
         lora: Mapping[str, Any] | None = None,
+        overlap: int = 1,
         decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
         image_interval: int = 10,
         seed: int | None = None,
@@ -106,7 +109,7 @@ class Agent(BaseAlgorithm):
             verbose=verbose,
             seed=seed,
         )
-        require_at_least(1, group_size=group_size, prompts_per_update=prompts_per_update)
+        require_at_least(1, group_size=group_size, prompts_per_update=prompts_per_update, overlap=overlap)
         if not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
         if ema_decay is not None and not 0 <= ema_decay < 1:
@@ -119,7 +122,7 @@ class Agent(BaseAlgorithm):
         self.ema: Policy | None = None
         self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
         self.group_size, self.prompts_per_update = group_size, prompts_per_update
-        self.decoding, self.image_interval = decoding, image_interval
+        self.decoding, self.image_interval, self.overlap = decoding, image_interval, overlap
         self.images_decoded = self.tokens_sampled = self._rollouts = 0
         self.seconds = 0.0
         self._logger = Logger(None, [])  # learn() sets the real ones
@@ -277,17 +280,15 @@ class Agent(BaseAlgorithm):
         """`rollout.collect` with this agent's policy, environment, decoding and noise, its steps counted."""
         if self.env is None:
             raise ValueError("this agent has no environment: pass env= to load(), or call set_env()")
-        return collect(
-            self.policy,
-            self.env,
-            group_size,
-            self.decoding,
-            self.generator,
-            fork_at=fork_at,
-            seed=seed,
-            keep_support=self.keeps_support,
-            on_step=self.on_env_step,
-        )
+        how: dict[str, Any] = {
+            "generator": self.generator,
+            "fork_at": fork_at,
+            "keep_support": self.keeps_support,
+            "on_step": self.on_env_step,
+        }
+        if self.overlap > 1:
+            return collect_in_parts(self.policy, self.env, group_size, self.decoding, self.overlap, seed, **how)
+        return collect(self.policy, self.env, group_size, self.decoding, seed=seed, **how)
 
     @property
     def keeps_support(self) -> bool:

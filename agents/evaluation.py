@@ -13,6 +13,7 @@ from agents.base import require_at_least
 from agents.policies.base import Policy
 from agents.rollout import collect, resized
 from agents.sampling import Decoding
+from rewards import OCRReward
 from rewards.text_metrics import normalized_edit_distance, word_accuracy
 from var_env.scenes import Scene, World
 from var_env.vector import VARTextVectorEnv
@@ -20,14 +21,17 @@ from var_env.vector import VARTextVectorEnv
 
 @dataclass
 class Evaluation:
-    """One picture for each of N prompts; every array is ``(N,)``, in the prompts' order."""
+    """One picture for each of N prompts; every array is ``(N,)``, in the prompts' order.
+
+    Words are those that the reward read, or PP-OCR where the reward reads none.
+    """
 
     scenes: list[Scene]
     scores: np.ndarray  # the reward
     word_accuracy: np.ndarray  # fraction of the target words read exactly
     ned: np.ndarray  # normalised edit distance, higher is better
     nothing_read: np.ndarray  # 1 when no word was read
-    parts: dict[str, np.ndarray]  # the reward's parts
+    parts: dict[str, np.ndarray]  # the reward's parts, NaN where one is not applicable
     words_read: list[list[str]]
     images: np.ndarray  # (N, S, S, 3) uint8
 
@@ -84,7 +88,10 @@ def evaluate(
         best = drawn.scores.argmax(1, keepdim=True)  # (P, 1)
         rollouts.append(drawn.rows(policy, torch.arange(len(batch))[:, None] * best_of + best))
     policy.train(training)
+    images = np.concatenate([rollout.images for rollout in rollouts])
     words_read = [words for rollout in rollouts for words in rollout.words_read]
+    if not any(words_read):  # a reward that does not read, as far as one can tell: word accuracy and NED need a reader
+        words_read = OCRReward()(images, scenes).words
     pairs = [(scene.words, read) for scene, read in zip(scenes, words_read, strict=True)]
     return Evaluation(
         scenes=scenes,
@@ -94,7 +101,7 @@ def evaluate(
         nothing_read=np.array([float(not read) for _, read in pairs]),
         parts={name: np.concatenate([rollout.parts[name] for rollout in rollouts]) for name in rollouts[0].parts},
         words_read=words_read,
-        images=np.concatenate([rollout.images for rollout in rollouts]),
+        images=images,
     )
 
 

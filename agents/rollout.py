@@ -21,6 +21,8 @@ from agents.losses import zero_variance
 from agents.policies.base import Policy
 from agents.sampling import Decoding, draw
 from rewards.base import HasWords, Reward, RewardOutput
+from rewards.pool import RewardPool
+from var_env import mdp
 from var_env.env import VARTextEnv
 from var_env.scenes import Scene
 from var_env.vector import VARTextVectorEnv
@@ -40,9 +42,9 @@ def make_envs(env: str | gym.Env | gym.vector.VectorEnv, num_envs: int) -> VARTe
     return resized(base, num_envs)
 
 
-def resized(env: VARTextEnv | VARTextVectorEnv, num_envs: int) -> VARTextVectorEnv:
-    """New environments that share the world, the tokenizer and the reward of another."""
-    return VARTextVectorEnv(num_envs, world=env.world, tokenizer=env.tokenizer, reward=env.reward)
+def resized(env: VARTextEnv | VARTextVectorEnv, num_envs: int, reward: Reward | None = None) -> VARTextVectorEnv:
+    """New environments that share the world, the tokenizer and, unless another is given, the reward of another."""
+    return VARTextVectorEnv(num_envs, world=env.world, tokenizer=env.tokenizer, reward=reward or env.reward)
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Rollout:
     support: list[Tensor | None]  # of bool (B, n_t, D, V), when it was kept and the sampler truncated
     scores: Tensor  # (P, G) float32, what a row is worth: the reward, until an agent adds to it
     returns: Tensor  # (P, G, K) float32, the rewards of its pictures
-    parts: dict[str, np.ndarray]  # each (B * K,)
+    parts: dict[str, np.ndarray]  # each (B * K,), NaN where a part is not applicable
     images: np.ndarray  # (B * K, S, S, 3) uint8
     words_read: list[list[str]]  # B * K
     regions: list[np.ndarray]  # B * K of (number found, 4), xyxy in pixels
@@ -162,16 +164,30 @@ class Rollout:
             features=None,
         )
 
+    def scored(self, found: RewardOutput) -> Rollout:
+        """The rollout of one picture a row with what a reward found in its pictures."""
+        mdp.require_applicable(found, self.scenes)
+        scores = torch.as_tensor(found.scores).view_as(self.scores)
+        return replace(
+            self,
+            scores=scores,
+            returns=scores.unsqueeze(2),
+            parts=found.parts,
+            words_read=found.words,
+            regions=found.regions,
+        )
+
     def summary(self) -> dict[str, float]:
-        """Scalars to log: the reward's mean and spread, its parts, and the sampler's tail."""
+        """Scalars to log: the reward's mean and spread, its parts where they apply, and the sampler's tail."""
         returns, groups = self.returns.double(), self.scores.double().std(1, correction=0)
+        applicable = {name: values[~np.isnan(values)] for name, values in self.parts.items()}
         return {
             "reward": returns.mean().item(),
             "reward_std": returns.std(correction=0).item(),
             "reward_std_in_group": groups.mean().item(),
             "zero_variance_groups": zero_variance(self.scores).double().mean().item(),
             "tail_mass": torch.cat(self.tail_mass, 1).mean().item(),
-            **{name: float(values.mean()) for name, values in self.parts.items()},
+            **{name: float(values.mean()) for name, values in applicable.items() if values.size},
         }
 
 
@@ -203,11 +219,32 @@ class TimedReward(Reward):
     def __init__(self, reward: Reward) -> None:
         self.reward, self.name, self.seconds = reward, reward.name, 0.0
 
+    def check_scenes(self, scenes: Sequence[HasWords], count: int) -> None:
+        """Left to the reward, which may ask for more than words or for less."""
+
     def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
         start = time.perf_counter()
         output = self.reward(images, scenes)
         self.seconds += time.perf_counter() - start
         return output
+
+
+class Deferred(Reward):
+    """Hands pictures to a pool of workers and gives zeros for the time being; ``output`` waits for the scores."""
+
+    def __init__(self, pool: RewardPool) -> None:
+        self.pool, self.name = pool, pool.name
+
+    def check_scenes(self, scenes: Sequence[HasWords], count: int) -> None:
+        """Left to the pool."""
+
+    def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
+        self.future = self.pool.submit(images, scenes)
+        return RewardOutput(np.zeros(len(images), np.float32))
+
+    def output(self) -> RewardOutput:
+        """What the pool found."""
+        return self.future.result()
 
 
 class Caches:
@@ -333,6 +370,37 @@ def collect(
         regions=info["regions"],
         seconds=seconds,
     )
+
+
+def collect_in_parts(
+    policy: Policy, envs: VARTextVectorEnv, group_size: int, decoding: Decoding, parts: int, seed: int, **more: Any
+) -> Rollout:
+    """`collect`, the prompts in several parts: while one is scored by a `RewardPool`, the next is drawn.
+
+    The same prompts as in one part, with other noise: the sampler draws for one part after the other. The time for the
+    reward is what is left of it after the last part is drawn.
+
+    Raises:
+        ValueError: the environment's reward is no pool.
+    """
+    if not isinstance(envs.reward, RewardPool):
+        raise ValueError(
+            f"to score beside sampling takes a RewardPool, such as reward='pool', reward_kwargs={{'reward': "
+            f"{envs.reward.name!r}}}; the environment has the reward {envs.reward.name!r}"
+        )
+    envs.reset(seed=seed)
+    drawn: list[tuple[Rollout, Deferred]] = []
+    for scenes in np.array_split(np.arange(envs.num_envs), min(parts, envs.num_envs)):
+        mine = [envs.scenes[i] for i in scenes]
+        deferred = Deferred(envs.reward)
+        part = resized(envs, len(mine), deferred)
+        drawn.append((collect(policy, part, group_size, decoding, scenes=mine, **more), deferred))
+    start = time.perf_counter()
+    outputs = [deferred.output() for _, deferred in drawn]
+    waited = time.perf_counter() - start
+    rollout = Rollout.concatenate(policy, [part.scored(found) for (part, _), found in zip(drawn, outputs, strict=True)])
+    rollout.seconds["reward"] += waited
+    return rollout
 
 
 @torch.no_grad()

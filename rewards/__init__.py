@@ -7,6 +7,7 @@
 """
 
 import inspect
+from importlib import import_module
 from typing import Any
 
 from rewards.base import HasWords, Reward, RewardOutput
@@ -15,15 +16,34 @@ from rewards.ocr import OCRReward
 
 __all__ = ["CLIPScore", "HasWords", "OCRReward", "Reward", "RewardOutput", "make"]
 
-_REWARDS: dict[str, type[Reward]] = {"ocr": OCRReward, "clip": CLIPScore}
+REWARDS = {  # name: module and class, imported when asked for
+    "ocr": "rewards.ocr:OCRReward",
+    "ocr_edit": "rewards.ocr_edit:OCREditReward",
+    "clip": "rewards.clip:CLIPScore",
+    "preference": "rewards.preference:PreferenceReward",
+    "hps": "rewards.hps:HPSv3Reward",
+    "git": "rewards.git:GITReward",
+    "grounding_dino": "rewards.grounding_dino:GroundingDINOReward",
+    "geneval": "rewards.geneval:GenEval",
+    "combine": "rewards.combine:combine",
+    "pool": "rewards.pool:RewardPool",
+    "service": "rewards.client:RewardClient",
+}
 
 
 def make(name: str, **kwargs: Any) -> Reward:
-    """The reward called `name`, built with `kwargs`. ValueError, naming what exists, for an unknown one."""
-    if name not in _REWARDS:
-        raise ValueError(f"unknown reward {name!r}; available: {', '.join(_REWARDS)}")
-    options = list(inspect.signature(_REWARDS[name]).parameters)
+    """The reward called `name`, or of the service at a URL, built with `kwargs`.
+
+    ValueError, naming what exists, for an unknown one.
+    """
+    if name.startswith(("http://", "https://")):
+        name, kwargs = "service", {"url": name, **kwargs}
+    if name not in REWARDS:
+        raise ValueError(f"unknown reward {name!r}; available: {', '.join(REWARDS)}")
+    module, _, cls = REWARDS[name].partition(":")
+    reward = getattr(import_module(module), cls)
+    options = list(inspect.signature(reward).parameters)
     unknown = sorted(set(kwargs) - set(options))
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r} of reward {name!r}; available: {', '.join(options)}")
-    return _REWARDS[name](**kwargs)
+    return reward(**kwargs)

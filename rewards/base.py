@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ MIN_SIDE = 16  # pixels; smaller images hold no legible text
 
 
 class HasWords(Protocol):
-    """All that a reward asks of a scene: the words that the image should show."""
+    """What a reward of text asks of a scene: the words that the image should show."""
 
     @property
     def words(self) -> Sequence[str]: ...
@@ -22,12 +22,18 @@ class HasWords(Protocol):
 class RewardOutput:
     """What a reward found in a batch of B images.
 
+    A reward may have nothing to say about a sample: it marks the score with `applicable`, and a part by an entry that
+    is None or masked (`numpy.ma`). Both are NaN here. Any other number that is not finite is an error: the constructor
+    raises ValueError naming the image.
+
     Attributes:
-        scores: (B,) float32, the reward. Finite, or the constructor raises ValueError naming the image.
-        parts: named terms and metrics, each (B,) float32 and finite.
+        scores: (B,) float32, the reward. Finite, and NaN where it is not applicable.
+        parts: named terms and metrics, each (B,) float32. Finite, and NaN where the part is not applicable.
         words: per image, the words as they were read (not normalised). Empty lists for a reward without OCR.
         confidences: per image, one number in [0, 1] for each of `words`.
-        regions: per image, the boxes of the text lines found, (n, 4) float32 as x0, y0, x1, y1 in pixels.
+        regions: per image, the boxes of the text lines or objects found, (n, 4) float32 as x0, y0, x1, y1 in pixels.
+        applicable: (B,) bool, where there is a score; everywhere, unless it is given.
+        reads: whether the reward looks for words or regions at all, which it does if it gave a list of them.
     """
 
     scores: NDArray[np.float32]  # (B,)
@@ -35,22 +41,23 @@ class RewardOutput:
     words: list[list[str]] = field(default_factory=list)
     confidences: list[list[float]] = field(default_factory=list)
     regions: list[NDArray[np.float32]] = field(default_factory=list)
+    applicable: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))  # (B,)
+    reads: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.scores = np.asarray(self.scores, dtype=np.float32)
         if self.scores.ndim != 1:
             raise ValueError(f"scores must have shape (B,), got {self.scores.shape}")
         count = len(self.scores)
-        self.parts = {name: np.asarray(part, dtype=np.float32) for name, part in self.parts.items()}
-        for name, values in {"score": self.scores, **self.parts}.items():
-            if values.shape != (count,):
-                raise ValueError(f"part {name!r} has shape {values.shape}, expected ({count},) as the scores")
-            bad = np.flatnonzero(~np.isfinite(values))
-            if bad.size:
-                raise ValueError(
-                    f"the {name} of image {bad[0]} is {values[bad[0]]} ({bad.size} of {count} not finite); "
-                    "check the image and the reward's options"
-                )
+        self.applicable = np.asarray(self.applicable, bool) if len(self.applicable) else np.ones(count, bool)
+        if self.applicable.shape != (count,):
+            raise ValueError(f"applicable has shape {self.applicable.shape}, expected ({count},) as the scores")
+        self.scores = finite("score", self.scores, ~self.applicable)
+        for name, part in self.parts.items():
+            if np.shape(part) != (count,):
+                raise ValueError(f"part {name!r} has shape {np.shape(part)}, expected ({count},) as the scores")
+        self.parts = {name: finite(name, part, absent(part)) for name, part in self.parts.items()}
+        self.reads = bool(self.words or self.regions)
         self.words = self.words or [[] for _ in range(count)]
         self.confidences = self.confidences or [[] for _ in range(count)]
         self.regions = self.regions or [np.zeros((0, 4), np.float32) for _ in range(count)]
@@ -60,27 +67,56 @@ class RewardOutput:
                 raise ValueError(f"{name} holds {length} entries, expected {count}, one an image")
 
 
+def absent(part: Any) -> NDArray[np.bool_]:
+    """Which entries of a part are None or masked, and so not applicable."""
+    if isinstance(part, np.ma.MaskedArray):
+        return np.ma.getmaskarray(part)
+    return np.array([value is None for value in part], bool)
+
+
+def finite(name: str, values: Any, nothing: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The values as new float32, NaN where `nothing` and nowhere else; ValueError naming the first that is."""
+    array = np.array(values, dtype=np.float32)
+    bad = np.flatnonzero(~np.isfinite(array) & ~nothing)
+    if bad.size:
+        raise ValueError(
+            f"the {name} of image {bad[0]} is {array.flat[bad[0]]} ({bad.size} of {len(array)} not finite); "
+            "check the image and the reward's options"
+        )
+    array[nothing] = np.nan
+    return array
+
+
 class Reward(ABC):
-    """From decoded images and their scenes to scores. Subclasses set `name` and implement `score`."""
+    """From decoded images and their scenes to scores. Subclasses set `name` and implement `score`.
+
+    A reward that asks of a scene something else than target words overrides `check_scenes`. One whose scores have
+    bounds may state them in `score_range`, the lowest and the highest, for `rewards.combine` to scale by.
+    """
 
     name: str
+    score_range: tuple[float, float] | None = None
 
     def __call__(self, images: NDArray[np.uint8], scenes: Sequence[HasWords]) -> RewardOutput:
         """Score a batch.
 
         Args:
             images: (B, H, W, 3) uint8 RGB.
-            scenes: B objects with `.words`, a non-empty sequence of strings.
+            scenes: B objects that have what `check_scenes` asks for.
 
         Raises:
             ValueError: for images or scenes of another form, and for a score that is not finite.
         """
         check_images(images)
-        check_scenes(scenes, len(images))
+        self.check_scenes(scenes, len(images))
         output = self.score(images, scenes)
         if len(output.scores) != len(images):
             raise ValueError(f"reward {self.name!r} gave {len(output.scores)} scores, not {len(images)}")
         return output
+
+    def check_scenes(self, scenes: Sequence[HasWords], count: int) -> None:
+        """Raise ValueError unless there are `count` scenes with what the reward needs; here, with target words."""
+        check_scenes(scenes, count)
 
     @abstractmethod
     def score(self, images: NDArray[np.uint8], scenes: Sequence[HasWords]) -> RewardOutput:
@@ -105,10 +141,12 @@ def check_images(images: NDArray[np.uint8]) -> None:
         else:
             hint = remedy.get(shape[3], "the last axis must be R, G, B")
         raise ValueError(f"{wanted}, got {shape}; {hint}")
+    if len(images) == 0:
+        raise ValueError(f"the batch is empty, of shape {shape}: pass at least one image")
     if min(shape[1:3]) < MIN_SIDE:
         raise ValueError(f"{wanted} with sides of at least {MIN_SIDE} pixels, got {shape[1]} x {shape[2]}")
     if images.dtype != np.uint8:
-        values = f" with values in [{images.min():.3g}, {images.max():.3g}]" if images.size else ""
+        values = f" with values in [{images.min():.3g}, {images.max():.3g}]"
         if np.issubdtype(images.dtype, np.floating):
             hint = "for values in [0, 1] multiply by 255, clip to [0, 255] and cast: .astype(np.uint8)"
         else:
@@ -116,10 +154,15 @@ def check_images(images: NDArray[np.uint8]) -> None:
         raise ValueError(f"{wanted}, got dtype {images.dtype}{values}; {hint}")
 
 
-def check_scenes(scenes: Sequence[HasWords], count: int) -> None:
-    """Raise ValueError unless there are `count` scenes, each with target words and no blank one."""
+def check_count(scenes: Sequence[Any], count: int) -> None:
+    """Raise ValueError unless there are `count` scenes."""
     if len(scenes) != count:
         raise ValueError(f"got {len(scenes)} scenes for {count} images; pass one scene an image")
+
+
+def check_scenes(scenes: Sequence[HasWords], count: int) -> None:
+    """Raise ValueError unless there are `count` scenes, each with target words and no blank one."""
+    check_count(scenes, count)
     for index, scene in enumerate(scenes):
         words = getattr(scene, "words", None)
         if words is None or isinstance(words, str):

@@ -1,10 +1,13 @@
 """The OCR reward of *VAR RL Done Right* (arXiv 2601.02256), section 4.2.1, eqs. 11-15.
 
-`score_text` is the formula; `OCRReward` applies it to images. The functions below them are in `text_metrics`.
+`score_text` is the formula; `OCRReward` applies it to images. `TextReward` is what rewards that read images share.
+The functions below them are in `text_metrics`.
 """
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,46 +87,55 @@ def _check(reads: Sequence[str], confidences: Sequence[float], penalty_weight: f
         raise ValueError(f"penalty_weight must be a finite number of at least 0, got {penalty_weight}")
 
 
-class OCRReward(Reward):
-    """Reads each image with OCR and scores the words against the scene's target words, eq. 15.
+class TextReward(Reward):
+    """A reward of what OCR reads in an image. Subclasses set `name` and `terms` and implement `score_words`.
 
-    Scores lie in [-penalty_weight, 2]: 2 when every word, and nothing else, is read with confidence 1, and
-    -penalty_weight when nothing is read. A target with blanks in it counts as several words, as OCR reads it.
+    A target with blanks in it counts as several words, as OCR reads it. A word has its line's confidence: that is
+    what the recogniser reports.
 
-    Parts: completeness, similarity and penalty (eqs. 12-14), and for monitoring word_accuracy, ned and
-    nothing_read (1 when OCR read no word, else 0).
+    Its parts are the `terms`, and three for monitoring: word_accuracy, ned and nothing_read (1 when OCR read no word,
+    else 0).
 
     The models load on the first call and are shared by all rewards with the same engine settings, so that
     copies, pickles and many environments load them once a process.
 
     Args:
         engine: the name of an OCR engine, or an object with its `read` (see `ocr_engines.Engine`).
-        penalty_weight: lambda of eq. 13.
         threads: how many images the engine reads at a time. Does not change the result.
+        engine_kwargs: options of the engine that is named, such as `paddle_engine.PaddleOCREngine`'s.
     """
 
-    name = "ocr"
+    terms: tuple[str, ...]  # names of the parts that `score_words` gives
 
-    def __init__(self, engine: str | Engine = "rapidocr", penalty_weight: float = 0.6, threads: int = 2) -> None:
-        if not 0.0 <= penalty_weight < float("inf"):
-            raise ValueError(f"penalty_weight must be a finite number of at least 0, got {penalty_weight}")
-        self.engine = get_engine(engine, threads) if isinstance(engine, str) else engine
-        self.penalty_weight = penalty_weight
+    def __init__(
+        self, engine: str | Engine = "rapidocr", threads: int = 2, engine_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        if isinstance(engine, str):
+            self.engine = get_engine(engine, threads, engine_kwargs)
+        elif engine_kwargs:
+            raise ValueError(f"engine_kwargs are for an engine given by its name, not for {engine!r}")
+        else:
+            self.engine = engine
+
+    @abstractmethod
+    def score_words(
+        self, targets: Sequence[str], read: Sequence[str], confidences: Sequence[float]
+    ) -> dict[str, float]:
+        """One image's reward, under "total", and its `terms`, from the target words and the words read."""
 
     def score(self, images: NDArray[np.uint8], scenes: Sequence[HasWords]) -> RewardOutput:
         lines_of = self.engine.read(images)
         words = [[word for line in lines for word in line.text.split()] for lines in lines_of]
-        # A word has its line's confidence: that is what the recogniser reports.
         confidences = [[line.confidence for line in lines for _ in line.text.split()] for lines in lines_of]
         rows = []
         for scene, read, confidence in zip(scenes, words, confidences, strict=True):
             targets = [word for text in scene.words for word in text.split()]
-            row = asdict(score_text(targets, read, confidence, self.penalty_weight))
+            row = self.score_words(targets, read, confidence)
             row["word_accuracy"] = word_accuracy(targets, read)
             row["ned"] = normalized_edit_distance(targets, read)
             row["nothing_read"] = float(not read)
             rows.append(row)
-        names = ("total", "completeness", "similarity", "penalty", "word_accuracy", "ned", "nothing_read")
+        names = ("total", *self.terms, "word_accuracy", "ned", "nothing_read")
         parts = {name: np.array([row[name] for row in rows], dtype=np.float32) for name in names}
         return RewardOutput(
             scores=parts.pop("total"),
@@ -132,3 +144,37 @@ class OCRReward(Reward):
             confidences=confidences,
             regions=[np.array([line.box for line in lines], np.float32).reshape(-1, 4) for lines in lines_of],
         )
+
+
+class OCRReward(TextReward):
+    """Reads each image with OCR and scores the words against the scene's target words, eq. 15.
+
+    Scores lie in [-penalty_weight, 2]: 2 when every word, and nothing else, is read with confidence 1, and
+    -penalty_weight when nothing is read.
+
+    Parts: completeness, similarity and penalty (eqs. 12-14), and those of `TextReward`.
+
+    Args:
+        engine, threads, engine_kwargs: see `TextReward`.
+        penalty_weight: lambda of eq. 13.
+    """
+
+    name = "ocr"
+    terms = ("completeness", "similarity", "penalty")
+
+    def __init__(
+        self,
+        engine: str | Engine = "rapidocr",
+        penalty_weight: float = 0.6,
+        threads: int = 2,
+        engine_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not 0.0 <= penalty_weight < float("inf"):
+            raise ValueError(f"penalty_weight must be a finite number of at least 0, got {penalty_weight}")
+        super().__init__(engine, threads, engine_kwargs)
+        self.penalty_weight, self.score_range = penalty_weight, (-penalty_weight, 2.0)
+
+    def score_words(
+        self, targets: Sequence[str], read: Sequence[str], confidences: Sequence[float]
+    ) -> dict[str, float]:
+        return asdict(score_text(targets, read, confidences, self.penalty_weight))

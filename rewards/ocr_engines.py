@@ -1,12 +1,14 @@
 """OCR engines: from images to lines of text with confidences and boxes.
 
 `RapidOCREngine` runs the PP-OCR detection and recognition models that the rapidocr wheel bundles, on the CPU
-and offline. To add an engine, write a class with `read` and enter it in `ENGINES`.
+and offline; `paddle_engine` runs PaddleOCR. To add an engine, write a class with `read` and enter it in `ENGINES`.
 """
 
+import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -62,9 +64,7 @@ class RapidOCREngine:
     """
 
     def __init__(self, threads: int = 2) -> None:
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-            raise ValueError(f"threads must be a whole number of at least 1, got {threads!r}")
-        self.threads = threads
+        self.threads = check_threads(threads)
         self._ocr: Any = None
         self._loading = threading.Lock()
 
@@ -114,15 +114,40 @@ def _load() -> Any:
     return ocr
 
 
-ENGINES: dict[str, Callable[[int], Engine]] = {"rapidocr": RapidOCREngine}
-_shared: dict[tuple[str, int], Engine] = {}
+def check_threads(threads: int) -> int:
+    """`threads`, or ValueError unless it is a whole number of at least 1."""
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads must be a whole number of at least 1, got {threads!r}")
+    return threads
 
 
-def get_engine(name: str, threads: int = 2) -> Engine:
-    """The engine called `name`: one object a process for each name and number of threads.
+ENGINES = {  # name: module and class, imported when asked for
+    "rapidocr": "rewards.ocr_engines:RapidOCREngine",
+    "paddleocr": "rewards.paddle_engine:PaddleOCREngine",
+}
+_shared: dict[tuple[str, int, str], Engine] = {}
 
-    ValueError for an unknown name, listing those that exist.
+
+def get_engine(name: str, threads: int = 2, options: Mapping[str, Any] | None = None) -> Engine:
+    """The engine called `name`: one object a process for each name, number of threads and options.
+
+    Args:
+        name: one of `ENGINES`.
+        threads: how many images it reads at a time.
+        options: the engine's own keyword arguments; see its class.
+
+    Raises:
+        ValueError: for an unknown name or option, listing those that exist.
     """
     if name not in ENGINES:
-        raise ValueError(f"unknown OCR engine {name!r}; available: {', '.join(sorted(ENGINES))}")
-    return _shared.setdefault((name, threads), ENGINES[name](threads))
+        raise ValueError(f"unknown OCR engine {name!r}; available: {', '.join(ENGINES)}")
+    module, _, cls = ENGINES[name].partition(":")
+    engine = getattr(import_module(module), cls)
+    options = dict(options or {})
+    known = [option for option in inspect.signature(engine).parameters if option != "threads"]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        there = ", ".join(known) or "none"
+        raise ValueError(f"unknown option {unknown[0]!r} of OCR engine {name!r}; available: {there}")
+    key = (name, threads, repr(sorted(options.items())))
+    return _shared.setdefault(key, engine(threads=threads, **options))

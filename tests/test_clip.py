@@ -68,7 +68,6 @@ def test_the_batch_size_does_not_matter(checkpoint, batch, batch_size):
     whole = CLIPScore(checkpoint, device="cpu")(*batch).scores
     parts = CLIPScore(checkpoint, device="cpu", batch_size=batch_size)(*batch).scores
     np.testing.assert_allclose(parts, whole, atol=1e-5)
-    assert CLIPScore(checkpoint)(batch[0][:0], []).scores.shape == (0,)
 
 
 def test_prompts_of_any_length(checkpoint, batch):

@@ -5,6 +5,7 @@ from tiny import tiny_envs, tiny_policy
 
 from agents.evaluation import bootstrap_interval, evaluate, held_out_scenes
 from agents.pictures import caption, sample_sheet
+from agents.policies.var_text import VARTextPolicy
 from agents.rollout import collect
 from agents.sampling import Decoding
 from rewards.base import Reward, RewardOutput
@@ -148,3 +149,18 @@ class TestPictures:
     def test_captions_must_match(self):
         with pytest.raises(ValueError, match="one caption a picture"):
             sample_sheet(np.zeros((2, 8, 8, 3), np.uint8), ["a"])
+
+
+def test_a_reward_that_does_not_read_is_read_beside():
+    class Mute(Reward):
+        name = "mute"
+
+        def score(self, images, scenes):
+            return RewardOutput(images.mean((1, 2, 3)) / 255)
+
+    policy = VARTextPolicy.load()
+    parts = {"tokenizer": policy.tokenizer, "world": World(64)}
+    mute, reading = (evaluate(policy, {**parts, "reward": reward}, 4) for reward in (Mute(), "ocr"))
+    assert (mute.images == reading.images).all() and mute.words_read == reading.words_read
+    assert mute.word_accuracy.tolist() == reading.word_accuracy.tolist() and mute.word_accuracy.any()
+    assert mute.scores.tolist() != reading.scores.tolist()

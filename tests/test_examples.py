@@ -269,6 +269,31 @@ class TestCompare:
     def test_wrong_agents(self, options, message, weights, module, tmp_path):
         assert message in refused(module("compare").main, *weights, *COMPARE, *options, "--out", tmp_path)
 
+    def test_another_reward(self, weights, module, tmp_path):
+        options = [*weights, *COMPARE, "--agents", "grpo", "--out", str(tmp_path), "--reward-kwargs"]
+        assert module("compare").main([*options, '{"penalty_weight": 0.25}']) == 0
+        run = json.loads((tmp_path / "results.json").read_text())["runs"][0]
+        assert run["config"]["reward"] == "ocr" and run["config"]["reward_kwargs"] == {"penalty_weight": 0.25}
+        assert run["metrics"]["reward"][0] == -0.25  # nothing can be read in random pictures
+        assert "penalty_weight': 0.25" in refused(module("compare").main, *options, '{"penalty_weight": 0.5}')
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--reward", "taste"], "unknown reward 'taste'; available: ocr, "),
+            (["--reward-kwargs", '{"penalty": 1}'], "unknown option 'penalty' of reward 'ocr'; available: "),
+        ],
+    )
+    @pytest.mark.parametrize("script", ["compare", "train", "evaluate"])
+    def test_wrong_rewards(self, script, options, message, weights, module, tmp_path):
+        assert message in refused(module(script).main, *weights, *options, "--out", tmp_path)
+
+    @pytest.mark.parametrize("text", ["{", "[1]"])
+    def test_reward_options_that_are_no_json_object(self, text, module, capsys):
+        with pytest.raises(SystemExit) as end:
+            module("compare").parse(["--reward-kwargs", text])
+        assert end.value.code == 2 and "is no JSON" in capsys.readouterr().err
+
     def test_a_cap_on_the_time(self, weights, module, tmp_path, capsys):
         options = [*weights, *COMPARE, "--agents", "grpo", "--images", "4000", "--seconds", "0.01"]
         options += ["--out", str(tmp_path)]

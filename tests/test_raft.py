@@ -151,4 +151,4 @@ class TestUpdate:
             before = agent.old_log_probs(rollout, EVERYTHING)[rows]
             agent.learn_from(rollout, EVERYTHING)
             gain.append((agent.old_log_probs(rollout, EVERYTHING)[rows] - before).mean().item())
-        assert 0 < gain[0] < gain[2] < gain[1] < math.inf
+        assert 0 < gain[0] <= gain[2] < gain[1] < math.inf  # the KL may be reached in one step

@@ -4,9 +4,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny import tiny_policy
 
 import rewards
+from agents.rollout import collect
+from agents.sampling import Decoding
 from rewards.base import Reward, RewardOutput
+from var_env import VARTextVectorEnv
+from var_env.scenes import Scene
 
 
 class Brightness(Reward):
@@ -35,10 +40,6 @@ def test_a_reward_returns_float32_and_fills_what_it_does_not_read():
     assert [region.shape for region in output.regions] == [(0, 4), (0, 4)]
 
 
-def test_an_empty_batch_gives_an_empty_output():
-    assert Brightness()(IMAGES[:0], []).scores.shape == (0,)
-
-
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -46,6 +47,7 @@ def test_an_empty_batch_gives_an_empty_output():
         (np.full((1, 64, 64, 3), np.nan, np.float32), "got dtype float32 with values in .*nan"),
         (IMAGES.astype(np.uint16), r"got dtype uint16 .*rescale to \[0, 255\]"),
         (IMAGES.transpose(0, 3, 1, 2), r"got \(2, 3, 64, 64\); .*transpose\(0, 2, 3, 1\)"),
+        (IMAGES[:0], r"the batch is empty, of shape \(0, 64, 64, 3\)"),
         (IMAGES[0], r"got \(64, 64, 3\); add the batch axis"),
         (IMAGES[..., 0], r"got \(2, 64, 64\)"),
         (IMAGES[..., :1], r"repeat the grey channel"),
@@ -87,6 +89,108 @@ def test_a_score_that_is_not_finite_is_an_error_with_the_image(value):
         RewardOutput(scores=np.array([0.0, value, value]))
     with pytest.raises(ValueError, match="similarity of image 2"):
         RewardOutput(scores=np.zeros(3), parts={"similarity": np.array([0, 0, value])})
+
+
+# --- Not applicable
+
+
+def test_not_applicable_is_nan_there_and_nowhere_else():
+    output = RewardOutput(
+        scores=np.array([0.5, 7.0, np.nan]),
+        parts={
+            "list": [1.0, None, 2.0],
+            "objects": np.array([None, None, 3], object),
+            "masked": np.ma.masked_array([1.0, np.inf, 2.0], [False, True, False]),
+        },
+        applicable=[True, False, False],
+    )
+    np.testing.assert_array_equal(output.scores, [0.5, np.nan, np.nan])
+    np.testing.assert_array_equal(output.parts["list"], [1, np.nan, 2])
+    np.testing.assert_array_equal(output.parts["objects"], [np.nan, np.nan, 3])
+    np.testing.assert_array_equal(output.parts["masked"], [1, np.nan, 2])
+    assert output.applicable.tolist() == [True, False, False]
+    for part in (output.scores, *output.parts.values()):
+        assert type(part) is np.ndarray and part.dtype == np.float32
+    assert RewardOutput(np.zeros(2)).applicable.tolist() == [True, True]
+    assert RewardOutput(np.zeros(0), {"part": np.zeros(0)}, applicable=[]).applicable.shape == (0,)
+
+
+def test_an_accidental_nan_is_an_error_even_beside_what_is_not_applicable():
+    with pytest.raises(ValueError, match=r"the score of image 0 is nan \(1 of 2 not finite\)"):
+        RewardOutput([np.nan, np.nan], applicable=[True, False])
+    with pytest.raises(ValueError, match="the ned of image 1 is nan"):
+        RewardOutput(np.zeros(2), {"ned": [None, np.nan]})
+    with pytest.raises(ValueError, match="the ned of image 1 is inf"):
+        RewardOutput(np.zeros(2), {"ned": np.ma.masked_array([0, np.inf], [True, False])})
+    with pytest.raises(ValueError, match="the score of image 1 is nan"):
+        RewardOutput([0.0, None])  # a score says so with `applicable`
+    with pytest.raises(ValueError, match=r"applicable has shape \(3,\), expected \(2,\)"):
+        RewardOutput(np.zeros(2), applicable=[True] * 3)
+
+
+def test_an_output_knows_whether_the_reward_reads():
+    assert not RewardOutput(np.zeros(2)).reads
+    assert RewardOutput(np.zeros(2), words=[[], []]).reads  # it looked and found nothing
+    assert RewardOutput(np.zeros(1), regions=[np.zeros((1, 4), np.float32)]).reads
+
+
+class Sometimes(Brightness):
+    """Applies to scenes with a topic and asks for no words."""
+
+    def check_scenes(self, scenes, count):
+        if not all(hasattr(scene, "topic") for scene in scenes):
+            raise ValueError("needs `.topic`")
+
+    def score(self, images, scenes):
+        applicable = np.array([scene.topic is not None for scene in scenes])
+        shade = images.mean(axis=(1, 2, 3)) / 255
+        parts = {"shade": np.ma.masked_array(shade, ~applicable), "never": [None] * len(images)}
+        return RewardOutput(shade, parts, applicable=applicable)
+
+
+def test_a_reward_says_what_a_scene_must_have():
+    assert Sometimes()(IMAGES, topics("cats", "nothing")).applicable.tolist() == [True, False]
+    with pytest.raises(ValueError, match=r"needs `.topic`"):
+        Sometimes()(IMAGES, scenes(2))
+
+
+class Topic(Scene):
+    """A scene without words."""
+
+    @property
+    def topic(self):
+        return None if self.prompt == "nothing" else self.prompt
+
+
+def topics(*prompts):
+    return [Topic(prompt, ()) for prompt in prompts]
+
+
+def test_an_environment_needs_a_score(tokenizer):
+    envs = VARTextVectorEnv(2, tokenizer=tokenizer, reward=Sometimes())
+
+    def play(*prompts):
+        envs.reset(options={"scenes": topics(*prompts)})
+        return [envs.step(np.zeros((2, h, w), int)) for h, w in envs.schedule.grids][-1][-1]
+
+    info = play("cats", "dogs")
+    assert np.isfinite(info["score"]).all() and np.isnan(info["parts"]["never"]).all()
+    with pytest.raises(ValueError, match=r"reward is not applicable to row 1, 'nothing', and an episode needs a score"):
+        play("cats", "nothing")
+
+
+def test_a_rollout_sums_up_what_applies(tokenizer):
+    envs = VARTextVectorEnv(2, tokenizer=tokenizer, reward=Sometimes())
+    drawn = collect(tiny_policy(tokenizer), envs, 2, Decoding(), scenes=topics("cats", "dogs"))
+    assert "never" not in drawn.summary()
+    assert drawn.summary()["shade"] == float(drawn.parts["shade"].mean())
+    drawn.parts["shade"][1:3] = np.nan
+    assert drawn.summary()["shade"] == pytest.approx(float(drawn.parts["shade"][[0, 3]].mean()))
+    drawn.parts["shade"][:] = np.nan
+    assert "shade" not in drawn.summary()
+
+
+# --- Outputs and names
 
 
 def test_an_output_of_the_wrong_length_is_an_error():

@@ -22,7 +22,7 @@ from var_env.scenes import MAX_PROMPT_BYTES, Scene, World, encode_prompt, scene_
 from var_env.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from rewards.base import Reward
+    from rewards.base import Reward, RewardOutput
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,20 @@ def append(tokenizer: Tokenizer, state: State, tokens: np.ndarray) -> State:
     return replace(state, tokens=flat, grids=(*state.grids, grid), canvas=tokenizer.write(t, state.canvas, grid))
 
 
+def require_applicable(output: RewardOutput, scenes: Sequence[Scene]) -> None:
+    """``ValueError`` naming the first prompt to which the reward is not applicable: an episode needs a score."""
+    for row in np.flatnonzero(~output.applicable).tolist():
+        raise ValueError(
+            f"the reward is not applicable to row {row}, {scenes[row].prompt!r}, and an episode needs a score: "
+            "give prompts that it applies to, or combine it with a reward that applies to all"
+        )
+
+
 def finish(tokenizer: Tokenizer, reward: Reward, state: State) -> State:
     """Decode and score: the state with its outcome. The reward sees to it that scores are finite numbers."""
     images = tokenizer.decode(state.canvas).cpu().numpy()  # (N, S, S, 3)
     output = reward(images, state.scenes)
+    require_applicable(output, state.scenes)
     outcome = {
         "image": images,
         "score": output.scores,
