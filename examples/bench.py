@@ -18,7 +18,9 @@ Every number is the median over --repeats, after one run to warm up. What is mea
 - **cached sampling**: all scales of a batch drawn with the cache, prompts encoded once a group as in a rollout, against
   the whole prefix, prompt and canvas included, run again at every scale. That both draw the same codes from the same
   noise is checked first, in double precision, so that rounding cannot tip a draw.
-
+- **overlapping OCR with sampling**: a rollout whose pictures are read by two processes, in 2 or 4 parts of which one is
+  read while the next is drawn, against the same in one piece. On as many cores as sampling uses already there is
+  nothing to gain; it is for a GPU that draws while CPUs read.
 - **VMR prefix iteration, against its token counts**: the time of one with K = 2, over what the GRPO iteration's phases
   predict: sampling by image tokens drawn, decoding and reward by pictures, the update by the tokens of its forward
   pass, prompt and image.
@@ -55,9 +57,10 @@ from tqdm import tqdm
 
 from agents import GRPO, VMR, Decoding, held_out_scenes
 from agents.policies.base import Policy
-from agents.rollout import TimedReward, collect
+from agents.rollout import TimedReward, collect, collect_in_parts, resized
 from agents.sampling import draw
 from rewards import HasWords, OCRReward, Reward, RewardOutput
+from rewards.pool import RewardPool
 from rewards.text_metrics import word_accuracy
 from var_env import Tokenizer, VARTextVectorEnv
 from var_env.scenes import render
@@ -231,6 +234,23 @@ class Bench:
             Measured("OCR, words read right", 100 * right, "%", ">= the defaults'", right >= default_right),
         ]
 
+    def overlap(self) -> list[Measured]:
+        """Rollouts whose pictures two processes read: all at the end, or one part while the next is drawn."""
+        prompts = self.images // self.group_size
+        with RewardPool("ocr", {"threads": 1}, workers=2) as pool:
+            envs = resized(self.envs, prompts, pool)
+
+            def rollout(parts: int) -> Callable[[], Any]:
+                more = (self.policy, envs, self.group_size, Decoding())
+                return lambda: collect(*more, seed=0) if parts == 1 else collect_in_parts(*more, parts, 0)
+
+            seconds = {parts: self.seconds(f"{parts} parts", rollout(parts)) for parts in (1, 2, 4)}
+        found = [Measured("rollout images/s, read by 2 processes", self.images / seconds[1], "1/s")]
+        return found + [
+            Measured(f"overlapping OCR with sampling, {parts} parts, times faster", seconds[1] / seconds[parts], "x")
+            for parts in (2, 4)
+        ]
+
     # The cache -------------------------------------------------------------------------------------------------------
 
     def cache(self) -> list[Measured]:
@@ -317,7 +337,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with clear_errors():
         bench = Bench(load_policy(args), args.images, args.group_size, args.repeats)
-    measured = [*bench.environment(), *bench.rollout(), *bench.iteration(), *bench.ocr(), *bench.cache()]
+    measured = [
+        *bench.environment(),
+        *bench.rollout(),
+        *bench.iteration(),
+        *bench.ocr(),
+        *bench.overlap(),
+        *bench.cache(),
+    ]
     machine = {
         "device": str(bench.policy.device),
         "processor": platform.processor() or platform.machine(),

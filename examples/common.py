@@ -38,6 +38,7 @@ from agents.policies.base import Policy
 from agents.policies.var_text import VARTextPolicy
 from agents.sampling import Decoding
 from agents.wrapper import Wrapper
+from rewards import REWARDS
 from var_env import Tokenizer, VARTextVectorEnv
 from var_env.scenes import TARGET_REGIONS
 
@@ -221,6 +222,34 @@ def parse_regions(text: str) -> dict[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is neither target nor like 1:0.5,2:0.5") from None
 
 
+def add_reward_options(parser: argparse.ArgumentParser) -> None:
+    """``--reward`` and ``--reward-kwargs``, for `make_env`."""
+    parser.add_argument(
+        "--reward",
+        default="ocr",
+        metavar="NAME",
+        help=f"one of {', '.join(REWARDS)}, or the address of a reward service (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--reward-kwargs",
+        type=parse_json_object,
+        default={},
+        metavar="JSON",
+        help="its options, such as '{\"penalty_weight\": 0.3}' (default: none)",
+    )
+
+
+def parse_json_object(text: str) -> dict[str, Any]:
+    """``'{"a": 1}'`` to a dict."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"""{text!r} is no JSON object, such as {{"penalty_weight": 0.3}}""")
+    return value
+
+
 def require_at_least_one(**options: int) -> None:
     """``ValueError`` naming the first option below 1."""
     for name, value in options.items():
@@ -260,7 +289,7 @@ def load_policy(args: argparse.Namespace) -> Policy:
 def make_env(
     policy: Policy, num_envs: int = 1, split: str = "train", regions: dict[int, float] | None = None, **options: Any
 ) -> VARTextVectorEnv:
-    """Environments of the policy's tokenizer and picture size, with the OCR reward."""
+    """Environments of the policy's tokenizer and picture size; ``options`` are the environment's, as ``reward`` is."""
     tokenizer = policy.tokenizer
     return VARTextVectorEnv(
         num_envs, split=split, regions=regions, size=tokenizer.image_size, tokenizer=tokenizer, **options

@@ -33,6 +33,7 @@ from common import (
     add_decoding_options,
     add_model_options,
     add_regions_option,
+    add_reward_options,
     clear_errors,
     decoding_from,
     load_policy,
@@ -90,6 +91,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="draw with the learned temperatures of another policy, a .safetensors file or base: what part of a gain "
         "they are, and what part the other weights (default: the policy's own)",
     )
+    add_reward_options(parser)
     add_regions_option(parser)
     add_decoding_options(parser)
     args = parser.parse_args(argv)
@@ -177,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         policy = load_policy(args)
         if args.temperatures_of:
             take_temperatures(policy, args.temperatures_of)
-        env = make_env(policy, regions=args.regions)
+        env = make_env(policy, regions=args.regions, reward=args.reward, reward_kwargs=args.reward_kwargs)
         scenes = held_out_scenes(env.world, args.prompts, args.seed, args.split)
         decoding = decoding_from(args, Decoding())
         clip = CLIPScore(args.clip, args.device) if args.clip and not args.gates else None

@@ -28,6 +28,7 @@ from common import (
     StopOnInterrupt,
     add_agent_options,
     add_model_options,
+    add_reward_options,
     agent_settings,
     budget,
     clear_errors,
@@ -86,6 +87,7 @@ class Preset:
 def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Preset]) -> None:
     """``--device`` and so on, the fields of `Preset`, and the agents' settings, for `finish`."""
     add_model_options(parser)
+    add_reward_options(parser)
     group = parser.add_argument_group("what all runs have in common")
     for entry in dataclasses.fields(Preset):
         values = {name: getattr(preset, entry.name) for name, preset in presets.items()}
@@ -140,11 +142,15 @@ class Comparison:
         self.settings: Preset = args.settings
         self.out: Path = args.out
         self.base = load_policy(args)
-        self.env: VARTextVectorEnv = make_env(self.base, self.settings.prompts_per_update)
+        self.env: VARTextVectorEnv = make_env(
+            self.base, self.settings.prompts_per_update, reward=args.reward, reward_kwargs=args.reward_kwargs
+        )
         self.test = held_out_scenes(self.env.world, self.settings.test_prompts, SCENE_SEED, "test")
         self.val = held_out_scenes(self.env.world, self.settings.val_prompts, SCENE_SEED, "val")
         self.decoding = Decoding(temperature=self.settings.eval_temperature)
         self.config = dataclasses.asdict(self.settings) | {"base_weights": fingerprint(self.base)}
+        if args.reward != "ocr" or args.reward_kwargs:
+            self.config |= {"reward": args.reward, "reward_kwargs": args.reward_kwargs}
         self.method: dict[str, Any] = args.method
         self.described = self.config | {
             "seeds": args.seeds,

@@ -34,6 +34,7 @@ from common import (
     add_model_options,
     add_plugin_option,
     add_regions_option,
+    add_reward_options,
     agent_settings,
     clear_errors,
     decoding_from,
@@ -68,6 +69,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-prompts", type=int, default=64, help="from the val split (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     add_model_options(parser)
+    add_reward_options(parser)
     add_regions_option(parser)
     add_decoding_options(parser)
     add_agent_options(parser)
@@ -112,18 +114,19 @@ def agent_from(args: argparse.Namespace, path: Path) -> Agent | Wrapper:
     if args.schedule is not None:
         rate = settings.get("learning_rate", registry.options_of(Agent)["learning_rate"])
         settings["learning_rate"] = make_schedule(args.schedule, rate, 0.05 if args.warmup is None else args.warmup)
+    world = {"regions": args.regions, "reward": args.reward, "reward_kwargs": args.reward_kwargs}
     if args.resume:
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path} to go on from: leave out --resume")
         agent: Agent | Wrapper = load(path, device=args.device, **settings)
-        agent.set_env(make_env(agent.policy, agent.prompts_per_update, regions=args.regions))
+        agent.set_env(make_env(agent.policy, agent.prompts_per_update, **world))
         agent.unwrapped.decoding = decoding_from(args, agent.decoding)
         return agent
     if path.exists():
         raise ValueError(f"{path} exists: go on from it with --resume, or choose another --out")
     policy = load_policy(args)
     common = {"decoding": decoding_from(args, Decoding()), "seed": args.seed, "device": policy.device}
-    return registry.make(args.agent, make_env(policy, regions=args.regions), policy, **common, **settings)
+    return registry.make(args.agent, make_env(policy, **world), policy, **common, **settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
