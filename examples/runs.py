@@ -157,6 +157,7 @@ class Comparison:
             "policy": str(args.policy or "base"),
             "device": str(self.base.device),
             "versions": versions(),
+            "models_of_the_reward": self.env.reward.describe(),
         }
 
     def cell(self, recipe: str, seed: int, **changes: Any) -> Cell:

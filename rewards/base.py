@@ -118,6 +118,10 @@ class Reward(ABC):
         """Raise ValueError unless there are `count` scenes with what the reward needs; here, with target words."""
         check_scenes(scenes, count)
 
+    def describe(self) -> dict[str, str]:
+        """What decides the scores beside the options, such as the names of models; for the record of a run."""
+        return {}
+
     @abstractmethod
     def score(self, images: NDArray[np.uint8], scenes: Sequence[HasWords]) -> RewardOutput:
         """Score a batch that has been checked; see `__call__`."""

@@ -81,6 +81,9 @@ class RewardClient(Reward):
     def check_scenes(self, scenes: Sequence[HasWords], count: int) -> None:
         check_count(scenes, count)  # what else the reward needs, the service knows
 
+    def describe(self) -> dict[str, str]:
+        return {"url": self.url}
+
     def score(self, images: NDArray[np.uint8], scenes: Sequence[HasWords]) -> RewardOutput:
         deadline = time.monotonic() + self.timeout
         starts = range(0, len(images), self.batch_size)

@@ -131,6 +131,10 @@ class Combined(Reward):
             if hasattr(reward, "load"):
                 reward.load()
 
+    def describe(self) -> dict[str, str]:
+        found = {name: reward.describe() for name, reward in self.rewards.items()}
+        return {f"{name}/{key}": value for name, described in found.items() for key, value in described.items()}
+
     def check_scenes(self, scenes: Sequence[HasWords], count: int) -> None:
         """Raise ValueError unless there are `count` scenes with what each of the rewards needs."""
         check_count(scenes, count)

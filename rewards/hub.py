@@ -46,6 +46,9 @@ class ModelReward(Reward):
         """Raise ValueError unless there are `count` scenes, each with a prompt."""
         check_prompts(scenes, count)
 
+    def describe(self) -> dict[str, str]:
+        return {"model": self.model, "dtype": self.dtype}
+
     def batches(self, count: int) -> list[slice]:
         """Slices that cut `count` rows into batches."""
         return [slice(start, start + self.batch_size) for start in range(0, count, self.batch_size)]

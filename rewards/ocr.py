@@ -123,6 +123,9 @@ class TextReward(Reward):
     ) -> dict[str, float]:
         """One image's reward, under "total", and its `terms`, from the target words and the words read."""
 
+    def describe(self) -> dict[str, str]:
+        return self.engine.describe()
+
     def score(self, images: NDArray[np.uint8], scenes: Sequence[HasWords]) -> RewardOutput:
         lines_of = self.engine.read(images)
         words = [[word for line in lines for word in line.text.split()] for lines in lines_of]

@@ -8,7 +8,7 @@ import inspect
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -52,6 +52,9 @@ class Engine(Protocol):
     def read(self, images: NDArray[np.uint8]) -> list[list[TextLine]]:
         """The lines of text in each of the (B, H, W, 3) uint8 RGB images, in reading order."""
 
+    def describe(self) -> dict[str, str]:
+        """The engine's version and the names of its models."""
+
 
 class RapidOCREngine:
     """PP-OCRv6 (small) through RapidOCR and onnxruntime. The models load on the first `read`.
@@ -79,6 +82,10 @@ class RapidOCREngine:
                 self._ocr = _load()
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(self._read_one, images))
+
+    def describe(self) -> dict[str, str]:
+        """RapidOCR's version, and the files of the models for detection and recognition."""
+        return {"rapidocr": metadata.version("rapidocr"), "det": _MODELS["Det"], "rec": _MODELS["Rec"]}
 
     def _read_one(self, image: NDArray[np.uint8]) -> list[TextLine]:
         result = self._ocr(np.ascontiguousarray(image[..., ::-1]))  # RapidOCR takes arrays as BGR

@@ -142,6 +142,9 @@ class RewardPool(Reward):
             worker.kill()
         self._processes, self._free = [], SimpleQueue()
 
+    def describe(self) -> dict[str, str]:
+        return self.reward.describe()
+
     def check_scenes(self, scenes: Sequence[HasWords], count: int) -> None:
         self.reward.check_scenes(scenes, count)
 

@@ -130,7 +130,7 @@ def create_app(
 
     def version() -> dict[str, Any]:
         """What is computed here, and with what."""
-        return {"reward": pool.name, "options": dict(options or {}), "packages": versions()}
+        return {"reward": pool.name, "options": dict(options or {}), "models": pool.describe(), "packages": versions()}
 
     def measured() -> Response:
         """Counts for Prometheus."""

@@ -102,6 +102,11 @@ def test_a_score_that_is_no_number_stops_the_mixture():
             Combined({"a": Says(1, 2, 3), "b": Broken(1, 2, 3)}, {"a": 1.0, "b": weight})(IMAGES, SCENES)
 
 
+def test_what_decides_the_scores():
+    found = combine({"ocr": 1.0, "clip": 0.0}, {"clip": {"model": "somewhere"}}).describe()
+    assert found["ocr/det"] == "PP-OCRv6_det_small.onnx" and found["clip/model"] == "somewhere"
+
+
 def test_nested():
     inner = Combined({"a": Says(1, 2, None), "b": Says(3, 4, None)}, {"a": 1, "b": 1})
     output = Combined({"inner": inner, "c": Says(1, 1, 1)}, {"inner": 0.5, "c": 1})(IMAGES, SCENES)

@@ -269,6 +269,13 @@ class TestCompare:
     def test_wrong_agents(self, options, message, weights, module, tmp_path):
         assert message in refused(module("compare").main, *weights, *COMPARE, *options, "--out", tmp_path)
 
+    def test_agents_that_learn_from_few_pictures_or_none(self, weights, tmp_path):
+        printed = run("compare", *weights, *COMPARE, "--agents", "best_of_n", "raft", "--n", 2, "--out", tmp_path)
+        assert [row[1] for row in rows_of("\n" + printed + "\n", "")[1:4]] == ["base", "best_of_n", "raft"]
+        runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+        assert [(r["budget"]["images"], r["budget"]["updates"]) for r in runs] == [(0, 0), (16, 4)]
+        assert runs[0]["config"]["n"] == 2 and Image.open(tmp_path / "curves.png").width > 0
+
     def test_another_reward(self, weights, module, tmp_path):
         options = [*weights, *COMPARE, "--agents", "grpo", "--out", str(tmp_path), "--reward-kwargs"]
         assert module("compare").main([*options, '{"penalty_weight": 0.25}']) == 0

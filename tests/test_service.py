@@ -349,6 +349,7 @@ def test_ocr_over_http_with_a_worker_killed():
         assert json.loads(urlopen(f"{url}/health").read())["workers"] != [pid]
         assert metrics(url)["vartext_reward_worker_restarts"] == 1
         version = json.loads(urlopen(f"{url}/version").read())
+        assert version["models"]["rec"] == "PP-OCRv6_rec_small.onnx"
         assert version["options"]["penalty_weight"] == 0.6 and version["options"]["threads"] == 1
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=60) in (0, -signal.SIGTERM)
