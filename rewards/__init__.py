@@ -42,8 +42,12 @@ def make(name: str, **kwargs: Any) -> Reward:
         raise ValueError(f"unknown reward {name!r}; available: {', '.join(REWARDS)}")
     module, _, cls = REWARDS[name].partition(":")
     reward = getattr(import_module(module), cls)
-    options = list(inspect.signature(reward).parameters)
+    parameters = inspect.signature(reward).parameters
+    options = list(parameters)
     unknown = sorted(set(kwargs) - set(options))
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r} of reward {name!r}; available: {', '.join(options)}")
+    for option, parameter in parameters.items():
+        if parameter.default is parameter.empty and option not in kwargs:
+            raise ValueError(f"reward {name!r} needs the option {option!r}, in gym.make in reward_kwargs")
     return reward(**kwargs)

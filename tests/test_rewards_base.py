@@ -222,3 +222,9 @@ def test_make_names_what_exists():
         rewards.make("ocr", penalty=0.3)
     with pytest.raises(ValueError, match="unknown OCR engine 'tesseract'; available: rapidocr"):
         rewards.make("ocr", engine="tesseract")
+
+
+@pytest.mark.parametrize(("name", "option"), [("service", "url"), ("pool", "reward"), ("combine", "weights")])
+def test_an_option_that_is_missing(name, option):
+    with pytest.raises(ValueError, match=f"reward '{name}' needs the option '{option}'"):
+        rewards.make(name)
