@@ -26,6 +26,7 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error}")
 
+import numpy as np
 import torch
 from stable_baselines3.common.utils import get_device
 from tqdm import tqdm
@@ -291,9 +292,13 @@ def make_env(
 ) -> VARTextVectorEnv:
     """Environments of the policy's tokenizer and picture size; ``options`` are the environment's, as ``reward`` is."""
     tokenizer = policy.tokenizer
-    return VARTextVectorEnv(
+    envs = VARTextVectorEnv(
         num_envs, split=split, regions=regions, size=tokenizer.image_size, tokenizer=tokenizer, **options
     )
+    if "reward" in options:  # weights that are missing show now, and so do scenes that it cannot judge
+        blank = np.zeros((1, envs.world.size, envs.world.size, 3), np.uint8)
+        envs.reward(blank, [envs.world.sample(np.random.default_rng(0))])
+    return envs
 
 
 def copy_of(policy: Policy) -> Policy:

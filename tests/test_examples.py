@@ -288,6 +288,8 @@ class TestCompare:
         ("options", "message"),
         [
             (["--reward", "taste"], "unknown reward 'taste'; available: ocr, "),
+            (["--reward", "geneval"], "needs `.clauses`"),
+            (["--reward", "http://127.0.0.1:9", "--reward-kwargs", '{"retries": 0}'], "http://127.0.0.1:9"),
             (["--reward-kwargs", '{"penalty": 1}'], "unknown option 'penalty' of reward 'ocr'; available: "),
         ],
     )
