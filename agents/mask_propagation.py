@@ -15,7 +15,7 @@ from stable_baselines3.common.logger import Image
 from torch import Tensor
 
 from agents import logs, pictures
-from agents.base import require_at_least
+from agents.base import require_at_least, require_choice
 from agents.grpo import GRPO, TokenWeights
 from agents.registry import register
 from agents.rollout import Rollout
@@ -120,8 +120,7 @@ class MaskPropagation(Wrapper):
     """
 
     def __init__(self, agent: GRPO | Wrapper, *, boxes: str = "read", soft: bool = False, dilation: int = 0) -> None:
-        if boxes not in SOURCES:
-            raise ValueError(f"unknown boxes {boxes!r}: choose one of {', '.join(SOURCES)}")
+        require_choice(SOURCES, boxes=boxes)
         require_at_least(0, dilation=dilation)
         super().__init__(agent)
         self.boxes, self.soft, self.dilation = boxes, soft, dilation

@@ -26,6 +26,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor
 
 from agents import losses
+from agents.base import require_choice
 from agents.policies.base import Policy
 from agents.policies.var_text import VARTextPolicy
 from agents.ppo import Critic, hidden_width, state_features
@@ -69,8 +70,7 @@ class VARActorCriticPolicy(ActorCriticPolicy):
         ratio: str = "product",
         **sb3: Any,
     ) -> None:
-        if ratio not in RATIOS:
-            raise ValueError(f"unknown ratio {ratio!r}: choose one of {', '.join(RATIOS)}")
+        require_choice(RATIOS, ratio=ratio)
         super().__init__(observation_space, action_space, lr_schedule, **sb3)
         if not isinstance(policy, Policy):
             policy = VARTextPolicy.load(None if policy == "base" else policy)

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from agents.base import require_at_least
+from agents.base import require_at_least, require_choice
 from agents.grpo import GRPO
 from agents.registry import register
 from agents.rollout import Rollout
@@ -73,8 +73,7 @@ class VMR(GRPO):
         require_at_least(1, suffix_samples=suffix_samples, prefix_updates=prefix_updates, suffix_updates=suffix_updates)
         if not 0 < eta < math.inf:
             raise ValueError(f"eta must be a finite number above 0, got {eta}")
-        if alternation not in ALTERNATIONS:
-            raise ValueError(f"unknown alternation {alternation!r}: choose one of {', '.join(ALTERNATIONS)}")
+        require_choice(ALTERNATIONS, alternation=alternation)
         super().__init__(policy, env, **grpo)
         self.split = self.policy.schedule.middle_step(split)
         if self.split == len(self.policy.schedule) and suffix_samples > 1:

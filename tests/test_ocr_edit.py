@@ -1,32 +1,16 @@
 """The OCR reward of STAGE and Flow-GRPO: the formula by hand and by loops, and `OCREditReward` as a reward."""
 
 import random
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from test_ocr import IMAGES, Recital, scene
 
 import rewards
 import var_env  # noqa: F401  registers VARText-v0
 from rewards.ocr_edit import OCREditReward, edit_counts
 from rewards.ocr_engines import TextLine, get_engine
-
-IMAGES = np.zeros((2, 64, 64, 3), np.uint8)
-
-
-class Recital:
-    """An engine that returns the lines that it was given."""
-
-    def __init__(self, *lines_of):
-        self.lines_of = list(lines_of)
-
-    def read(self, images):
-        return self.lines_of[: len(images)]
-
-
-def scene(*words):
-    return SimpleNamespace(words=words)
 
 
 @pytest.mark.parametrize(
