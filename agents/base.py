@@ -25,11 +25,13 @@ from torch import Tensor
 
 from agents import checkpoint, logs
 from agents.callbacks import SampleProgressBar
+from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
-from agents.rollout import Rollout, act, collect, collect_in_parts, make_envs
+from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs
 from agents.sampling import Decoding
 from var_env.vector import VARTextVectorEnv
+from var_env.visual_tokenizer import VisualTokenizer
 
 if TYPE_CHECKING:
     from agents.wrapper import Wrapper
@@ -45,7 +47,7 @@ class Agent(BaseAlgorithm):
     """An agent that learns on ``VARText-v0`` by sampling groups of pictures.
 
     Args:
-        policy: trained in place. "base" is the shipped policy; a path loads a file of ``VARTextPolicy.save``.
+        policy: trained in place. "base" is the shipped policy; a path loads a file of its ``save``.
         env: an id, a single environment or a batched one, or ``None`` to only predict.
         group_size: G, pictures for each prompt.
         prompts_per_update: P. The prompts of update u depend on the seed and on u alone, whatever the agent.
@@ -97,9 +99,7 @@ class Agent(BaseAlgorithm):
         _init_setup_model: bool = True,
     ) -> None:
         if not isinstance(policy, Policy):
-            from agents.policies.var_text import VARTextPolicy
-
-            policy = VARTextPolicy.load(None if policy == "base" else policy)
+            policy = load_policy(None if policy == "base" else policy)
         super().__init__(
             type(policy),  # type: ignore[arg-type]
             None,  # SB3 would wrap the environment
@@ -201,8 +201,7 @@ class Agent(BaseAlgorithm):
 
     def _bind(self, env: Any) -> None:
         envs = make_envs(env, self.prompts_per_update)
-        mine, other = self.policy.tokenizer, envs.tokenizer
-        if mine.schedule != other.schedule or not torch.equal(mine.codebook, other.codebook.to(self.device)):
+        if not same_tokenizer(self.policy.tokenizer, envs.tokenizer):
             raise ValueError(
                 "the policy and the environment use different tokenizers: make the environment with "
                 "tokenizer=policy.tokenizer, or with the path of its weights"
@@ -276,7 +275,7 @@ class Agent(BaseAlgorithm):
         """Draw G pictures for each of the P prompts of ``seed``. Another way of sampling goes here."""
         return self.draw(seed, self.group_size)
 
-    def draw(self, seed: int, group_size: int, fork_at: tuple[int, int] | None = None) -> Rollout:
+    def draw(self, seed: int, group_size: int, fork_at: tuple[int, int] | Forks | None = None) -> Rollout:
         """`rollout.collect` with this agent's policy, environment, decoding and noise, its steps counted."""
         if self.env is None:
             raise ValueError("this agent has no environment: pass env= to load(), or call set_env()")
@@ -422,6 +421,15 @@ class Agent(BaseAlgorithm):
 def frozen_copy(policy: Policy) -> Policy:
     """Weights of its own, without gradients; the tokenizer is shared."""
     return copy.deepcopy(policy, {id(policy.tokenizer): policy.tokenizer}).requires_grad_(False)
+
+
+def same_tokenizer(one: VisualTokenizer, other: VisualTokenizer) -> bool:
+    """Whether two tokenizers have the same grids, codes and weights."""
+    if one is other:
+        return True
+    alike = [(t.schedule, t.vocab_size, t.depth, *t.state_dict()) for t in (one, other)]
+    weights = other.state_dict()
+    return alike[0] == alike[1] and all(torch.equal(w, weights[k].to(w.device)) for k, w in one.state_dict().items())
 
 
 def require_choice(choices: Iterable[str], **options: str) -> None:

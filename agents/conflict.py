@@ -52,9 +52,13 @@ class Conflict(NamedTuple):
 
 
 def scale_gradients(
-    agent: GRPO | Wrapper, rollout: Rollout, weights: TokenWeights | None = None, rows: Tensor | None = None
+    agent: GRPO | Wrapper,
+    rollout: Rollout,
+    weights: TokenWeights | None = None,
+    rows: Tensor | None = None,
+    steps: range | None = None,
 ) -> Tensor:
-    """The gradient of each scale's share in the agent's loss on a full rollout, ``(T, N)``.
+    """The gradient of each scale's share in the agent's loss on a rollout, ``(T, N)``; of a raster, of each row's.
 
     N counts the policy's trainable parameters, in their order. The shares add up to the loss, and the gradients to
     the loss's. The ratios are 1, as in the first optimiser step after sampling. With ``ratio_level="sequence"`` they
@@ -62,33 +66,38 @@ def scale_gradients(
     passes of an update and holds N numbers a scale.
 
     Args:
-        rollout: of all T grids. The agent and its wrappers judge it as they would in an update.
-        weights: of the tokens, ``(B, L)`` each, before they are aggregated. Default: the agent's, wrappers included,
+        rollout: of all grids in ``steps``. The agent and its wrappers judge it as they would in an update.
+        weights: of the tokens, ``(B, n)`` each, before they are aggregated. Default: the agent's, wrappers included,
             for the policy term, and 0 for the KL and the entropy bonus.
         rows: int64, the rows whose share in the loss it is. Default: all. Disjoint rows' gradients add up.
+        steps: the grids that learn, n tokens. Default: all; ``range(m)`` for a prefix update of VMR.
 
     Raises:
-        ValueError: the rollout ends before the last grid, as those of VMR's prefix updates do.
+        ValueError: the rollout ends before the last of these grids, as those of VMR's prefix updates may.
     """
     core = agent.unwrapped
     schedule, batch = core.policy.schedule, len(rollout.scenes)
-    if len(rollout.grids) < len(schedule):
-        raise ValueError(f"need a rollout of all {len(schedule)} grids, got the first {len(rollout.grids)}")
-    everything = range(len(schedule))
-    rollout = core.judge(rollout, everything) if rollout.advantages is None else rollout
+    steps = range(len(schedule)) if steps is None else steps
+    if len(rollout.grids) < steps.stop:
+        raise ValueError(f"need a rollout of all {steps.stop} grids, got the first {len(rollout.grids)}")
+    rollout = core.judge(rollout, steps) if rollout.advantages is None else rollout
     if weights is None:
-        weights = only("policy", core.outermost.token_weights(rollout, everything))
-    weights = core.aggregate(weights, everything)
-    advantages = core.outermost.token_advantages(rollout, everything)  # (B, L)
+        weights = only("policy", core.outermost.token_weights(rollout, steps))
+    weights = core.aggregate(weights, steps)
+    advantages = core.outermost.token_advantages(rollout, steps)  # (B, n)
     rows = torch.arange(batch, device=core.device) if rows is None else rows
     parameters = [weight for weight in core.policy.parameters() if weight.requires_grad]
-    gradients = torch.zeros(len(schedule), sum(weight.numel() for weight in parameters), device=core.device)
-    for t, tokens in enumerate(schedule.slices):
+    bands = [band for _, band in schedule.bands if band.start < steps.stop and band.stop > steps.start]
+    gradients = torch.zeros(len(bands), sum(weight.numel() for weight in parameters), device=core.device)
+    for i, band in enumerate(bands):
+        here = range(max(band.start, steps.start), min(band.stop, steps.stop))
+        first, last = (schedule.slices[t] for t in (here[0], here[-1]))
+        tokens = slice(*(end - schedule.slices[steps.start].start for end in (first.start, last.stop)))
         share = TokenWeights(*(part[:, tokens] for part in weights))
         for micro in rows.split(core.micro_batch or batch):
-            loss, _ = core.loss(rollout, micro, advantages[micro, tokens], share.rows(micro), None, range(t, t + 1))
+            loss, _ = core.loss(rollout, micro, advantages[micro, tokens], share.rows(micro), None, here)
             parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            gradients[t] += torch.cat([part.flatten() for part in parts])
+            gradients[i] += torch.cat([part.flatten() for part in parts])
     return gradients
 
 
@@ -104,31 +113,50 @@ def cosines(gradients: Tensor) -> Tensor:
     return (products / (norms[:, None] * norms)).clamp(-1, 1)
 
 
-def measure(agent: GRPO | Wrapper, rollout: Rollout) -> Conflict:
-    """The conflict in a full rollout of at least 2 prompts, whose halves are the first P // 2 prompts and the rest.
+class HalfGradients(NamedTuple):
+    """The gradients of T scales over the N weights that more than one scale moves, ``(T, N)`` each."""
+
+    first: Tensor  # the policy term's share of the first P // 2 prompts
+    second: Tensor  # of the rest; both add up to the gradient of the batch
+    kl: Tensor  # the KL term's, its coefficient included
+
+
+def half_gradients(agent: GRPO | Wrapper, rollout: Rollout, steps: range | None = None) -> HalfGradients:
+    """The gradients of a rollout of at least 2 prompts in two halves, of the scales in ``steps``, all by default.
 
     Leaves the agent as it is, and holds about 4 T numbers for each trainable parameter.
     """
     core = agent.unwrapped
+    steps = range(len(core.policy.schedule)) if steps is None else steps
     rows = torch.arange(len(rollout.scenes), device=core.device)
     half = rollout.scores.shape[0] // 2 * rollout.scores.shape[1]
     if half == 0:
         raise ValueError("need a rollout of at least 2 prompts, to compare the gradients of its halves; got 1")
     logger, core._logger = core.logger, Logger(None, [])  # wrappers log their weights, but this is no update
     try:
-        rollout = core.judge(rollout, range(len(core.policy.schedule)))
-        weights = core.outermost.token_weights(rollout, range(len(core.policy.schedule)))
+        rollout = core.judge(rollout, steps)
+        weights = core.outermost.token_weights(rollout, steps)
+        policy_term, kl_term = only("policy", weights), only("kl", weights)
+        first = scale_gradients(agent, rollout, policy_term, rows[:half], steps)
+        second = scale_gradients(agent, rollout, policy_term, rows[half:], steps)
+        kl = scale_gradients(agent, rollout, kl_term, steps=steps) if core.kl_coef else torch.zeros_like(first)
     finally:
         core._logger = logger
-    policy_term, kl_term = only("policy", weights), only("kl", weights)
-    first, second = (scale_gradients(agent, rollout, policy_term, part) for part in (rows[:half], rows[half:]))
-    kl = scale_gradients(agent, rollout, kl_term) if core.kl_coef else torch.zeros_like(first)
-    shared = ((first != 0) | (second != 0) | (kl != 0)).sum(0) > 1  # (N,) moved by more than one scale
-    first, second, kl = first[:, shared], second[:, shared], kl[:, shared]
+    shared = ((first != 0) | (second != 0) | (kl != 0)).sum(0) > 1  # moved by more than one scale
+    return HalfGradients(first[:, shared], second[:, shared], kl[:, shared])
+
+
+def measure(agent: GRPO | Wrapper, rollout: Rollout) -> Conflict:
+    """The conflict in a full rollout of at least 2 prompts, see `half_gradients`."""
+    first, second, kl = half_gradients(agent, rollout)
     whole = first + second
-    reliability = (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
-    found = (cosines(whole), whole.norm(dim=1), kl.norm(dim=1), reliability)
-    return Conflict(core.n_updates, *(part.cpu() for part in found))
+    found = (cosines(whole), whole.norm(dim=1), kl.norm(dim=1), reliability(first, second))
+    return Conflict(agent.unwrapped.n_updates, *(part.cpu() for part in found))
+
+
+def reliability(first: Tensor, second: Tensor) -> Tensor:
+    """The cosine between the gradients from two halves of a batch, ``(..., N)`` to ``(...)``."""
+    return (first * second).sum(-1) / (first.norm(dim=-1) * second.norm(dim=-1))
 
 
 class ConflictProbe(AgentCallback):
@@ -196,7 +224,7 @@ class ConflictProbe(AgentCallback):
 
 def record(logger: Logger, conflict: Conflict, schedule: ScaleSchedule) -> None:
     """Log a measurement under the names of `ConflictProbe`."""
-    different = ~torch.eye(len(schedule), dtype=torch.bool)
+    different = ~torch.eye(len(conflict.norms), dtype=torch.bool)
     pairs = conflict.cosines[different & conflict.cosines.isfinite()]
     values = {}
     if len(pairs):
@@ -206,8 +234,7 @@ def record(logger: Logger, conflict: Conflict, schedule: ScaleSchedule) -> None:
             "negative_share": (pairs < 0).float().mean(),
         }
     shares = conflict.norms / conflict.norms.sum()
-    for t in range(len(schedule)):
-        name = logs.scale_name(schedule, t)
+    for t, (name, _) in enumerate(schedule.bands):
         values |= {
             f"grad_norm_{name}": conflict.norms[t],
             f"grad_share_{name}": shares[t],
@@ -226,8 +253,8 @@ def heat_map(conflict: Conflict, schedule: ScaleSchedule) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only needed here
     from matplotlib.figure import Figure
 
-    scales = len(schedule)
-    names = [f"{h}x{w}" for h, w in schedule.grids]
+    names = [name for name, _ in schedule.bands]
+    scales = len(names)
     figure = Figure(figsize=(2.5 + 0.6 * scales, 1.5 + 0.5 * scales), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[scales, 1])
@@ -244,4 +271,15 @@ def heat_map(conflict: Conflict, schedule: ScaleSchedule) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-__all__ = ["Conflict", "ConflictProbe", "cosines", "heat_map", "measure", "record", "scale_gradients"]
+__all__ = [
+    "Conflict",
+    "ConflictProbe",
+    "HalfGradients",
+    "cosines",
+    "half_gradients",
+    "heat_map",
+    "measure",
+    "record",
+    "reliability",
+    "scale_gradients",
+]

@@ -47,10 +47,11 @@ class Evaluation:
 
 
 def held_out_scenes(world: World, count: int, seed: int = 0, split: str = "test") -> list[Scene]:
-    """``count`` scenes like ``world``'s but of another split; the first ones are the same whatever the count."""
-    rng = np.random.default_rng(seed)
-    other = World(size=world.size, split=split, regions=world.regions)
-    return [other.sample(rng) for _ in range(count)]
+    """``count`` scenes like ``world``'s but of another split; the first ones are the same whatever the count.
+
+    A world of prompt files gives each of its prompts once, and all when there are fewer than ``count``.
+    """
+    return world.held_out(count, seed, split)
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,10 +26,20 @@ def shows_pictures(logger: Logger) -> bool:
     return any(isinstance(writer, TensorBoardOutputFormat) for writer in logger.output_formats)
 
 
-def scale_name(schedule: ScaleSchedule, t: int) -> str:
-    """``4_4x4``: the scale's number, from 1, and its grid, as the names of its curves end."""
-    h, w = schedule.grids[t]
-    return f"{t + 1}_{h}x{w}"
+def bands_of(schedule: ScaleSchedule, steps: range) -> list[tuple[str, int]]:
+    """What of ``steps`` has a curve of its own, by name, and its tokens: the scales, or the rows of a raster."""
+    found = [(name, sum(schedule.sizes[t] for t in band if t in steps)) for name, band in schedule.bands]
+    return [(name, tokens) for name, tokens in found if tokens]
+
+
+def by_band(schedule: ScaleSchedule, steps: range, values: Sequence[float]) -> dict[str, float]:
+    """One value a grid of ``steps`` as one a curve: its own or, of a raster, the mean over the row; NaN is left out."""
+    found: dict[str, float] = {}
+    for name, band in schedule.bands:
+        here = [value for t, value in zip(steps, values, strict=True) if t in band and not math.isnan(value)]
+        if here:
+            found[name] = sum(here) / len(here)
+    return found
 
 
 def record_rollout(logger: Logger, rollout: Rollout) -> None:
@@ -76,7 +87,7 @@ def approx_kl(seen: Sequence[Tokens]) -> float:
 def record_update(
     logger: Logger, seen: Sequence[Tokens], optimizer_steps: int, steps: range, schedule: ScaleSchedule, agent: GRPO
 ) -> None:
-    """``train/``: the losses that were minimised and their diagnosis; ``scale/``: the same for each grid of ``steps``.
+    """``train/``: the losses that were minimised and their diagnosis; ``scale/``: the same for each scale of ``steps``.
 
     Losses are means over the optimiser steps. Rows with nothing to learn may be missing in ``seen``.
     """
@@ -103,13 +114,12 @@ def record_update(
         values |= {"train/kl": tokens.kl.mean(), "train/kl_loss": means["kl_loss"]}
     if has_bonus:
         values["train/entropy_loss"] = means["entropy_loss"]
-    sizes = [schedule.sizes[t] for t in steps]
+    names, sizes = zip(*bands_of(schedule, steps), strict=True)
     size = torch.stack([part.abs() for part in terms.values()]).sum(0)  # (B, n)
-    share = per_grid(size, sizes).sum(0)  # (grids,)
+    share = per_grid(size, sizes).sum(0)  # (bands,)
     share = share / share.sum().clamp(min=1e-12)
     entropy, kl = (per_grid(part, sizes).mean(0) / torch.tensor(sizes).to(part) for part in (tokens.entropy, tokens.kl))
-    for i, t in enumerate(steps):
-        name = scale_name(schedule, t)
+    for i, name in enumerate(names):
         values |= {f"scale/entropy_{name}": entropy[i], f"scale/loss_share_{name}": share[i]}
         if has_kl:
             values[f"scale/kl_{name}"] = kl[i]

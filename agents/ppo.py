@@ -206,8 +206,9 @@ class PPO(GRPO):
         explained = explained_variance(values.flatten().cpu().numpy(), returns.flatten().cpu().numpy())
         if math.isfinite(explained):  # equal returns leave nothing to explain
             self.logger.record("train/explained_variance", explained)
-        for t, mean in enumerate(values.mean(0).tolist()):
-            self.logger.record(f"values/{logs.scale_name(self.policy.schedule, t)}", mean)
+        schedule = self.policy.schedule
+        for name, mean in logs.by_band(schedule, range(len(schedule)), values.mean(0).tolist()).items():
+            self.logger.record(f"values/{name}", mean)
 
     # Files -----------------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Sampling pictures: unroll a policy in lockstep environments, and what came of it.
 
-`unroll` is the inner loop and knows nothing of groups; `collect` draws G pictures for each of P prompts, or the tree of
-pictures that VMR needs. A prompt's condition is encoded once, and cache and environments are forked from there: what
-pictures share is computed once.
+`unroll` is the inner loop and knows nothing of groups; `collect` draws G pictures for each of P prompts, or a tree of
+them, for VMR and Tree GRPO. A prompt's condition is encoded once, and cache and environments are forked from there:
+what pictures share is computed once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import gymnasium as gym
@@ -26,6 +27,8 @@ from var_env import mdp
 from var_env.env import VARTextEnv
 from var_env.scenes import Scene
 from var_env.vector import VARTextVectorEnv
+
+Forks = tuple[tuple[int, int], ...]  # (m, k): before grid m every row became k
 
 
 def make_envs(env: str | gym.Env | gym.vector.VectorEnv, num_envs: int) -> VARTextVectorEnv:
@@ -72,6 +75,7 @@ class Rollout:
     seconds: dict[str, float]  # "sampling", "reward", and "decode", all the rest of the environment
     advantages: Tensor | None = None  # (B,) or (B, n), once an algorithm has judged the rows
     features: Tensor | None = None  # (B, T, W) float32, what PPO's critic saw of the state before each grid
+    forks: Forks = ()  # where the pictures of a prompt parted, see `collect`
 
     @property
     def suffixes(self) -> int:
@@ -320,7 +324,7 @@ def collect(
     decoding: Decoding,
     generator: torch.Generator | None = None,
     *,
-    fork_at: tuple[int, int] | None = None,
+    fork_at: tuple[int, int] | Forks | None = None,
     scenes: Sequence[Scene] | None = None,
     seed: int | None = None,
     keep_support: bool = False,
@@ -331,18 +335,18 @@ def collect(
     The prompts are ``scenes``, one for each environment, or else what ``envs`` samples, from ``seed`` if it is given.
 
     With ``fork_at=(m, k)``, every row forks into k before grid m, which share what they have so far, the cache
-    included: then a prompt has ``group_size * k`` pictures, those of one prefix side by side.
+    included: then a prompt has ``group_size * k`` pictures, those of one prefix side by side. Several such pairs, m
+    growing, fork one after the other.
     """
     length = len(envs.schedule)
-    if fork_at is not None and not (0 < fork_at[0] < length and fork_at[1] >= 1):
-        raise ValueError(f"fork_at=(m, k) needs 0 < m < {length} and k of at least 1, got {fork_at}")
+    pairs = fork_pairs(fork_at, length)
     start = time.perf_counter()
     envs.reset(seed=seed, options=None if scenes is None else {"scenes": list(scenes)})
     cond = policy.encode_prompts([scene.prompt for scene in envs.scenes])  # P rows
     caches, rows = Caches(policy, cond, decoding.guided), envs
     trails: list[Trail] = []
     seconds = {"sampling": time.perf_counter() - start}
-    forks = [(0, group_size)] + ([] if fork_at is None else [fork_at])
+    forks = [(0, group_size), *pairs]
     for (begin, k), (end, _) in zip(forks, [*forks[1:], (length, 1)], strict=True):
         start = time.perf_counter()
         index = torch.arange(rows.num_envs, device=policy.device).repeat_interleave(k)
@@ -369,7 +373,19 @@ def collect(
         words_read=info["words_read"],
         regions=info["regions"],
         seconds=seconds,
+        forks=pairs,
     )
+
+
+def fork_pairs(fork_at: tuple[int, int] | Forks | None, length: int) -> Forks:
+    """The forks of `collect`, one or several, in a schedule of ``length`` grids; ``ValueError`` for other than that."""
+    pairs = [] if not fork_at else [fork_at] if isinstance(fork_at[0], int) else fork_at
+    found = tuple((m, k) for m, k in pairs)
+    if not all(0 < m < length and k >= 1 for m, k in found):
+        raise ValueError(f"fork_at=(m, k) needs 0 < m < {length} and k of at least 1, got {fork_at}")
+    if any(m >= later for (m, _), (later, _) in pairwise(found)):
+        raise ValueError(f"fork_at needs its forks from coarse to fine, each at a grid of its own, got {fork_at}")
+    return found
 
 
 def collect_in_parts(
@@ -407,25 +423,28 @@ def collect_in_parts(
 def act(policy: Policy, observation: dict[str, Any], decoding: Decoding) -> np.ndarray:
     """The next grid on the canvas, int64 ``(H, W)`` for one observation, ``(N, H, W)`` for a batch at any scales.
 
+    Where tokens have several codes there is a last axis of D.
     Computes all earlier scales again; to sample whole pictures, `unroll` is faster.
     """
-    tokens, schedule = np.asarray(observation["tokens"]), policy.schedule
-    action = np.zeros((len(np.atleast_2d(tokens)), *schedule.grids[-1]), np.int64)
+    schedule, scales = policy.schedule, np.atleast_1d(observation["scale"])
+    code = mdp.code_shape(policy.tokenizer)
+    action = np.zeros((len(scales), *schedule.grids[-1], *code), np.int64)
     for t, rows, cond, grids in states_by_scale(policy, observation):
         logits = policy(cond, grids, range(t, t + 1))
         null_logits = policy(policy.null_cond(cond), grids, range(t, t + 1)) if decoding.guided else None
         h, w = schedule.grids[t]
-        drawn = draw(logits, null_logits, decoding).tokens.view(len(rows), h, w)
+        drawn = draw(logits, null_logits, decoding).tokens.view(len(rows), h, w, *code)
         action[rows.cpu(), :h, :w] = drawn.cpu().numpy()
-    return action if tokens.ndim == 2 else action[0]
+    return action if np.ndim(observation["scale"]) else action[0]
 
 
 def states_by_scale(policy: Policy, observation: Mapping[str, Any]) -> Iterator[tuple[int, Tensor, Any, list[Tensor]]]:
     """The rows of a batch of observations, arrays or tensors, that await grid t, for each t that occurs.
 
-    Gives t, the rows, int64 ``(b,)``, their condition, and their grids before t, ``(b, n_s, 1)`` each.
+    Gives t, the rows, int64 ``(b,)``, their condition, and their grids before t, ``(b, n_s, D)`` each.
     """
-    flat = torch.atleast_2d(torch.as_tensor(observation["tokens"], device=policy.device))  # (N, L)
+    flat = torch.as_tensor(observation["tokens"], device=policy.device)
+    flat = flat.view(-1, policy.schedule.total_tokens, policy.tokenizer.depth)  # (N, L, D)
     prompts = torch.atleast_2d(torch.as_tensor(observation["prompt"])).cpu().numpy()  # (N, bytes)
     scales = torch.as_tensor(observation["scale"]).flatten().cpu()  # (N,)
     for t in scales.unique().tolist():
@@ -434,4 +453,4 @@ def states_by_scale(policy: Policy, observation: Mapping[str, Any]) -> Iterator[
         rows = (scales == t).nonzero().flatten()
         cond = policy.encode_prompts([prompts[row].tobytes().rstrip(b"\0").decode() for row in rows.tolist()])
         rows = rows.to(policy.device)
-        yield t, rows, cond, [flat[rows, part].unsqueeze(-1) for part in policy.schedule.slices[:t]]
+        yield t, rows, cond, [flat[rows, part] for part in policy.schedule.slices[:t]]

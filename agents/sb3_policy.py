@@ -27,11 +27,13 @@ from torch import Tensor
 
 from agents import losses
 from agents.base import require_choice
+from agents.policies import load_policy
 from agents.policies.base import Policy
-from agents.policies.var_text import VARTextPolicy
 from agents.ppo import Critic, hidden_width, state_features
 from agents.rollout import states_by_scale
 from agents.sampling import Decoding, draw
+from var_env import mdp
+from var_env.sb3 import flat_action_space
 
 RATIOS = ("product", "grid")
 LIKELIEST = Decoding(temperature=0.0)
@@ -73,9 +75,8 @@ class VARActorCriticPolicy(ActorCriticPolicy):
         require_choice(RATIOS, ratio=ratio)
         super().__init__(observation_space, action_space, lr_schedule, **sb3)
         if not isinstance(policy, Policy):
-            policy = VARTextPolicy.load(None if policy == "base" else policy)
-        height, width = policy.schedule.grids[-1]
-        expected = spaces.MultiDiscrete([policy.tokenizer.vocab_size] * (height * width))
+            policy = load_policy(None if policy == "base" else policy)
+        expected = flat_action_space(mdp.action_space(policy.tokenizer))
         if action_space != expected:
             raise ValueError(
                 f"the policy's grids need the action space {expected}, got {action_space}: make the environment with "
@@ -99,27 +100,26 @@ class VARActorCriticPolicy(ActorCriticPolicy):
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Draw: actions int64 ``(N, H * W)``, values ``(N, 1)`` and log-probabilities ``(N,)``."""
-        height, width = self.actor.schedule.grids[-1]
         assert isinstance(obs, dict)
-        batch = len(obs["tokens"])
-        canvas = torch.zeros(batch, height, width, dtype=torch.int64, device=self.device)
+        batch, shape = len(obs["tokens"]), self._canvas_shape
+        canvas = torch.zeros(batch, *shape, dtype=torch.int64, device=self.device)
         values, logp = torch.zeros(2, batch, device=self.device)
         for t, rows, hidden in self._hidden(obs):
             h, w = self.actor.schedule.grids[t]
-            logits = self.actor.logits(hidden, range(t, t + 1))  # (b, n_t, 1, V)
-            tokens = draw(logits, None, LIKELIEST if deterministic else Decoding()).tokens  # (b, n_t, 1)
-            canvas[rows, :h, :w] = tokens.view(-1, h, w)
+            logits = self.actor.logits(hidden, range(t, t + 1))  # (b, n_t, D, V)
+            tokens = draw(logits, None, LIKELIEST if deterministic else Decoding()).tokens  # (b, n_t, D)
+            canvas[rows, :h, :w] = tokens.view(-1, h, w, shape[-1])
             values = values.index_copy(0, rows, self.critic(state_features(hidden)))
             logp = logp.index_copy(0, rows, self._of_grid(losses.log_probs(logits, tokens).logp))
         return canvas.flatten(1), values[:, None], logp
 
     def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values ``(N, 1)``, log-probabilities ``(N,)`` and entropies ``(N,)``, in nats, of given actions."""
-        canvas = actions.long().view(-1, *self.actor.schedule.grids[-1])  # (N, H, W)
+        canvas = actions.long().view(-1, *self._canvas_shape)
         values, logp, entropy = torch.zeros(3, len(canvas), device=self.device)
         for t, rows, hidden in self._hidden(obs):
             h, w = self.actor.schedule.grids[t]
-            tokens = canvas[rows, :h, :w].reshape(len(rows), h * w, 1)
+            tokens = canvas[rows, :h, :w].flatten(1, 2)  # (b, n_t, D)
             seen = losses.log_probs(self.actor.logits(hidden, range(t, t + 1)), tokens)  # (b, n_t)
             values = values.index_copy(0, rows, self.critic(state_features(hidden)))
             logp = logp.index_copy(0, rows, self._of_grid(seen.logp))
@@ -142,6 +142,11 @@ class VARActorCriticPolicy(ActorCriticPolicy):
         assert isinstance(obs, dict)
         for t, rows, cond, grids in states_by_scale(self.actor, obs):
             yield t, rows, self.actor.hidden(cond, grids, range(t, t + 1))
+
+    @property
+    def _canvas_shape(self) -> tuple[int, int, int]:
+        """``(H, W, D)``, one row's action before it was flattened."""
+        return (*self.actor.schedule.grids[-1], self.actor.tokenizer.depth)
 
     def _of_grid(self, values: Tensor) -> Tensor:
         """Of the tokens, ``(b, n_t)``, to the grid's, ``(b,)``."""

@@ -152,9 +152,9 @@ def group_similarity(agent: GRPO, rollout: Rollout, steps: range, on: str = "cod
 def record_scales(agent: GRPO, steps: range, name: str, values: Tensor) -> None:
     """Log ``stage/<name>_<scale>``, the means of ``(P, G, n)`` over each scale, where they are defined."""
     schedule = agent.policy.schedule
-    for t, part in zip(steps, values.split([schedule.sizes[t] for t in steps], -1), strict=True):
-        if not part.isnan().all():
-            agent.logger.record(f"stage/{name}_{logs.scale_name(schedule, t)}", part.nanmean().item())
+    means = [part.nanmean().item() for part in values.split([schedule.sizes[t] for t in steps], -1)]
+    for band, mean in logs.by_band(schedule, steps, means).items():
+        agent.logger.record(f"stage/{name}_{band}", mean)
 
 
 @register("similarity")

@@ -31,17 +31,18 @@ import torch
 from stable_baselines3.common.utils import get_device
 from tqdm import tqdm
 
-from agents import load, registry
+from agents import load, policies, registry
 from agents.base import Agent
 from agents.callbacks import AgentCallback, HeldOutEval
 from agents.grpo import GRPO
 from agents.policies.base import Policy
-from agents.policies.var_text import VARTextPolicy
 from agents.sampling import Decoding
 from agents.wrapper import Wrapper
 from rewards import REWARDS
-from var_env import Tokenizer, VARTextVectorEnv
+from var_env import VARTextVectorEnv
+from var_env.prompts import PromptWorld
 from var_env.scenes import TARGET_REGIONS
+from var_env.tokenizer import load_tokenizer
 
 AGENTS = ("grpo", "vmr", "vmr+panw", "vmr+panw+mp")  # the paper's method, step by step
 SPLIT = "m_32"  # the middle step of VMR, for pictures of 64 pixels
@@ -208,7 +209,17 @@ def add_regions_option(parser: argparse.ArgumentParser) -> None:
         type=parse_regions,
         metavar="COUNT:SHARE,...",
         help="share of pictures with each number of words, or target, the paper's profile of 2 to 5, which needs a "
-        "policy of 128 px (default: 1:0.5,2:0.5)",
+        "policy of 128 px (default: 1:0.5,2:0.5; of prompt files, all that they hold)",
+    )
+
+
+def add_prompts_option(parser: argparse.ArgumentParser) -> None:
+    """``--prompts-from``, for `make_env`."""
+    parser.add_argument(
+        "--prompts-from",
+        metavar="PATH_OR_NAME",
+        help="scenes from prompt files in place of the rendered words: CVTG-2K, or a list with the texts in double "
+        "quotes; a file, a folder, or a dataset of the Hugging Face hub, such as dnkdnk/CVTG-2K",
     )
 
 
@@ -282,7 +293,7 @@ def load_policy(args: argparse.Namespace) -> Policy:
             raise FileNotFoundError(f"no agent at {args.policy}: examples/train.py makes one")
         policy: Policy = load(args.policy, device=device).best_policy
     else:
-        policy = VARTextPolicy.load(args.policy, Tokenizer.load(args.tokenizer))
+        policy = policies.load_policy(args.policy, load_tokenizer(args.tokenizer))
     policy.tokenizer.to(device)
     return policy.to(device).eval()
 
@@ -295,6 +306,8 @@ def make_env(
     envs = VARTextVectorEnv(
         num_envs, split=split, regions=regions, size=tokenizer.image_size, tokenizer=tokenizer, **options
     )
+    if isinstance(envs.world, PromptWorld):
+        policy.encode_prompts([envs.world.longest])  # a prompt that is too long for the policy shows now
     if "reward" in options:  # weights that are missing show now, and so do scenes that it cannot judge
         blank = np.zeros((1, envs.world.size, envs.world.size, 3), np.uint8)
         envs.reward(blank, [envs.world.sample(np.random.default_rng(0))])

@@ -39,12 +39,14 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecMonitor
 
-from agents.policies.var_text import VARTextPolicy
+from agents.policies import load_policy
 from agents.sb3_policy import VARActorCriticPolicy
 from rewards.base import HasWords, Reward, RewardOutput
-from var_env import Tokenizer, VARTextVectorEnv
+from var_env import VARTextVectorEnv
 from var_env.sb3 import VARTextVecEnv
 from var_env.scenes import Scene, World, scene_from_prompt
+from var_env.tokenizer import load_tokenizer
+from var_env.visual_tokenizer import VisualTokenizer
 
 DEFAULTS = {
     "transformer": {"reward": "ocr", "images": 960, "epochs": 2, "learning_rate": 1e-5},
@@ -99,13 +101,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def make_env(args: argparse.Namespace, tokenizer: Tokenizer, split: str) -> VecMonitor:
+def make_env(args: argparse.Namespace, tokenizer: VisualTokenizer, split: str) -> VecMonitor:
     world = (World if args.policy == "transformer" else OnePrompt)(tokenizer.image_size, split)
     reward = Brightness() if args.reward == "brightness" else args.reward
     return VecMonitor(VARTextVecEnv(VARTextVectorEnv(args.num_envs, world=world, tokenizer=tokenizer, reward=reward)))
 
 
-def make_model(args: argparse.Namespace, tokenizer: Tokenizer) -> PPO:
+def make_model(args: argparse.Namespace, tokenizer: VisualTokenizer) -> PPO:
     env, grids = make_env(args, tokenizer, "train"), len(tokenizer.schedule)
     common: dict[str, Any] = {
         "n_steps": grids,  # whole episodes: one picture of each environment
@@ -117,7 +119,7 @@ def make_model(args: argparse.Namespace, tokenizer: Tokenizer) -> PPO:
     }
     if args.policy == "mlp":
         return PPO("MultiInputPolicy", env, device="cpu", **common)
-    transformer = {"policy": VARTextPolicy.load(args.weights, tokenizer), "ratio": "grid"}
+    transformer = {"policy": load_policy(args.weights, tokenizer), "ratio": "grid"}
     # Whole returns (lambda 1): the critic has the policy's learning rate and is of little help at first.
     return PPO(VARActorCriticPolicy, env, policy_kwargs=transformer, gae_lambda=1.0, **common)
 
@@ -134,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with clear_errors():
         require_at_least_one(images=args.images, num_envs=args.num_envs, epochs=args.epochs, prompts=args.prompts)
-        tokenizer = Tokenizer.load(args.tokenizer)
+        tokenizer = load_tokenizer(args.tokenizer)
         model = make_model(args, tokenizer)
     splits = ("train", "test") if args.policy == "transformer" else ("train",)  # one prompt has no other to hold out
     worlds = [make_env(args, tokenizer, split) for split in splits]

@@ -33,6 +33,7 @@ from common import (
     add_decoding_options,
     add_model_options,
     add_plugin_option,
+    add_prompts_option,
     add_regions_option,
     add_reward_options,
     agent_settings,
@@ -71,6 +72,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_model_options(parser)
     add_reward_options(parser)
     add_regions_option(parser)
+    add_prompts_option(parser)
     add_decoding_options(parser)
     add_agent_options(parser)
     group = parser.add_argument_group("the learning rate over time")
@@ -114,7 +116,8 @@ def agent_from(args: argparse.Namespace, path: Path) -> Agent | Wrapper:
     if args.schedule is not None:
         rate = settings.get("learning_rate", registry.options_of(Agent)["learning_rate"])
         settings["learning_rate"] = make_schedule(args.schedule, rate, 0.05 if args.warmup is None else args.warmup)
-    world = {"regions": args.regions, "reward": args.reward, "reward_kwargs": args.reward_kwargs}
+    world = {"regions": args.regions, "prompts": args.prompts_from}
+    world |= {"reward": args.reward, "reward_kwargs": args.reward_kwargs}
     if args.resume:
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path} to go on from: leave out --resume")

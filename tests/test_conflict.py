@@ -10,9 +10,11 @@ from PIL import Image
 from tiny import STEPS_A_ROLLOUT, csv_logger, nudge, tiny_agent, weights_of
 
 from agents import GRPO, PANW, VMR, Decoding, MaskPropagation, Wrapper
-from agents.conflict import Conflict, ConflictProbe, cosines, heat_map, measure, scale_gradients
+from agents.conflict import Conflict, ConflictProbe, cosines, half_gradients, heat_map, measure, scale_gradients
 from agents.losses import group_advantages
 from rewards.base import Reward, RewardOutput
+from var_env import ScaleSchedule, Tokenizer
+from var_env.raster import RasterTokenizer
 
 SIZES, T = (1, 4, 16), 3
 SCALES = ("1_1x1", "2_2x2", "3_4x4")
@@ -124,6 +126,38 @@ class TestScaleGradients:
         agent = tiny_agent(parts, VMR, split=2)
         with pytest.raises(ValueError, match="all 3 grids, got the first 2"):
             scale_gradients(agent, agent.sample())
+
+    def test_of_a_prefix_alone(self, parts):
+        agent = MaskPropagation(tiny_agent(parts, VMR, split=2, suffix_samples=3))
+        rollout, steps, rows = agent.sample(), range(2), torch.arange(8)
+        judged = agent.judge(rollout, steps)
+        weights = agent.aggregate(agent.token_weights(rollout, steps), steps)
+        loss, _ = agent.loss(judged, rows, judged.advantages, weights._replace(kl=0 * weights.kl), None, steps)
+        found = scale_gradients(agent, rollout, steps=steps)
+        assert found.shape[0] == 2 and (found.norm(dim=1) > 1e-4).all()
+        torch.testing.assert_close(found.sum(0), flat(loss, agent.policy), atol=1e-5, rtol=1e-3)
+        first, second, kl = half_gradients(agent, rollout, steps)
+        shared = found[:, (found != 0).all(0)]  # of two scales, what both move
+        torch.testing.assert_close(first + second, shared, atol=1e-5, rtol=1e-3)
+        assert kl.shape == first.shape and 0 < first.shape[1] < found.shape[1]
+
+    def test_of_a_raster_are_those_of_its_rows(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            grid = Tokenizer(ScaleSchedule([(2, 2)], patch=32), 32, channels=4, width=8, blocks=1)
+        tokenizer = RasterTokenizer(grid).eval().requires_grad_(False)
+        agent = tiny_agent({"tokenizer": tokenizer, "reward": Indifferent()})
+        rollout = agent.sample()
+        rollout.scores = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+        found = scale_gradients(agent, rollout)
+        judged, weights = agent.judge(rollout, range(4)), agent.token_weights(rollout, range(4))
+        zero = torch.zeros_like(weights.kl)
+        weights = agent.aggregate(weights._replace(kl=zero), range(4))
+        loss, _ = agent.loss(judged, torch.arange(8), judged.advantages, weights, None, range(4))
+        assert len(found) == 2
+        torch.testing.assert_close(found.sum(0), flat(loss, agent.policy), atol=1e-5, rtol=1e-3)
+        assert [name for name, _ in tokenizer.schedule.bands] == ["row_1", "row_2"]
+        assert probed(agent, prompts=2).history[0].norms.shape == (2,)
 
 
 class TestCosines:

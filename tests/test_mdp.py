@@ -13,7 +13,7 @@ def scenes(count):
 
 def random_tokens(tokenizer, batch, seed=0):
     rng = np.random.default_rng(seed)
-    return [rng.integers(tokenizer.vocab_size, size=(batch, n)) for n in tokenizer.schedule.sizes]
+    return [rng.integers(tokenizer.vocab_size, size=(batch, n, 1)) for n in tokenizer.schedule.sizes]
 
 
 def rollout(tokenizer, batch, steps, seed=0):
@@ -35,9 +35,9 @@ def test_append_against_a_naive_sum_of_the_grids(tokenizer):
     state = rollout(tokenizer, 2, 3)[-1]
     canvas = torch.zeros_like(state.canvas)
     for t, tokens in enumerate(random_tokens(tokenizer, 2)):
-        canvas = canvas + tokenizer.contribution(t, torch.from_numpy(tokens)[:, :, None])
-        assert np.array_equal(state.tokens[:, tokenizer.schedule.slices[t]], tokens)
-        assert np.array_equal(state.grids[t][..., 0].numpy(), tokens)
+        canvas = canvas + tokenizer.contribution(t, torch.from_numpy(tokens))
+        assert np.array_equal(state.tokens[:, tokenizer.schedule.slices[t]], tokens[..., 0])
+        assert np.array_equal(state.grids[t].numpy(), tokens)
     assert torch.equal(state.canvas, canvas)
     assert not state.canvas.requires_grad
 
@@ -95,8 +95,8 @@ def test_read_action_takes_every_documented_shape(tokenizer):
     rng = np.random.default_rng(0)
     canvas = rng.integers(32, size=(3, 4, 4))
     exact = canvas[:, :2, :2]
-    expected = exact.reshape(3, 4)
-    for action in (canvas, exact, expected, expected[..., None], torch.from_numpy(exact), exact.astype(np.uint8)):
+    expected = exact.reshape(3, 4, 1)
+    for action in (canvas, exact, expected, expected[..., 0], torch.from_numpy(exact), exact.astype(np.uint8)):
         tokens = mdp.read_action(tokenizer, 1, 3, action, batched=True)
         assert tokens.dtype == np.int64 and np.array_equal(tokens, expected)
     for action in (canvas[0], exact[0], exact[0].tolist(), torch.from_numpy(canvas[0])):
@@ -106,7 +106,7 @@ def test_read_action_takes_every_documented_shape(tokenizer):
 def test_only_the_corner_of_the_canvas_counts(tokenizer):
     canvas = np.full((4, 4), -7)
     canvas[:2, :2] = 5
-    assert mdp.read_action(tokenizer, 1, 1, canvas, batched=False).tolist() == [[5] * 4]
+    assert mdp.read_action(tokenizer, 1, 1, canvas, batched=False).tolist() == [[[5]] * 4]
 
 
 @pytest.mark.parametrize(

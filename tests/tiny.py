@@ -8,11 +8,11 @@ from agents.policies.var_text import SHARPNESS_GAIN, VARTextPolicy
 from var_env import VARTextVectorEnv
 
 
-def tiny_policy(tokenizer, seed=0, precision="fp32", scale=3.0):
+def tiny_policy(tokenizer, seed=0, precision="fp32", scale=3.0, **options):
     """Random weights; a larger scale than at birth, so that prompts and grids make a difference."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        policy = VARTextPolicy(tokenizer, width=32, layers=1, heads=2, precision=precision)
+        policy = VARTextPolicy(tokenizer, width=32, layers=1, heads=2, precision=precision, **options)
     with torch.no_grad():
         for weight in policy.parameters():
             weight.mul_(scale if weight.ndim > 1 else 1.0)

@@ -8,7 +8,7 @@ a target profile, by default that of the paper's evaluation set.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil, floor
 from typing import Any
 
@@ -21,13 +21,18 @@ ROUNDING = 1e-9  # 0.29 * 100 is 28.999999999999996 in floats and should be 29
 
 
 def count_regions(prompt: str) -> int:
-    """The number of texts in double quotes in a prompt; 0 when there is none."""
+    """The number of quoted texts in a prompt; 0 when there is none."""
     return len(quoted_texts(prompt))
 
 
 def region_histogram(prompts: Sequence[str]) -> dict[int | str, int]:
     """How many prompts have 1, 2, 3, 4, 5 and ``">5"`` regions, the paper's bins. Those with none are in no bin."""
-    counts = Counter(map(count_regions, prompts))
+    return histogram(map(count_regions, prompts))
+
+
+def histogram(regions: Iterable[int]) -> dict[int | str, int]:
+    """The same from the numbers of regions."""
+    counts = Counter(regions)
     return {count: counts[count] for count in range(1, 6)} | {
         MANY: sum(number for count, number in counts.items() if count > 5)
     }
@@ -47,19 +52,26 @@ def filter_regions(
     Raises:
         ValueError: shares that do not sum to one, or a count of the profile that no prompt of the corpus has.
     """
+    return [prompts[i] for i in rows_of_profile([count_regions(prompt) for prompt in prompts], profile, seed)]
+
+
+def rows_of_profile(
+    regions: Sequence[int], profile: Mapping[Any, float] | str = TARGET_REGIONS, seed: int = 0
+) -> np.ndarray:
+    """Which rows `filter_regions` keeps, in ascending order, from the number of regions of each."""
     shares = {count: share for count, share in region_profile(profile).items() if share > 0}
-    counts = np.array([count_regions(prompt) for prompt in prompts])
+    counts = np.asarray(regions)
     members = {count: np.flatnonzero(counts == count) for count in shares}
     empty = sorted(count for count in shares if not len(members[count]))
     if empty:
         raise ValueError(
             f"no prompt of the corpus has {empty[0]} regions, which the profile {shares} wants: leave it out of the "
-            f"profile, or add prompts; the corpus has {region_histogram(prompts)}"
+            f"profile, or add prompts; the corpus has {histogram(regions)}"
         )
     quotas = largest_quotas(shares, {count: len(members[count]) for count in shares})
     rng = np.random.default_rng(seed)
     kept = np.concatenate([rng.choice(members[count], quotas[count], replace=False) for count in sorted(shares)])
-    return [prompts[i] for i in np.sort(kept)]
+    return np.sort(kept)
 
 
 def largest_quotas(shares: Mapping[int, float], available: Mapping[int, int]) -> dict[int, int]:

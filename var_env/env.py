@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -13,13 +14,13 @@ import numpy as np
 from var_env import mdp, rendering
 from var_env.scenes import Scene, World
 from var_env.schedule import ScaleSchedule
-from var_env.tokenizer import Tokenizer
+from var_env.visual_tokenizer import VisualTokenizer
 
 if TYPE_CHECKING:
     from rewards.base import Reward
 
 RENDER_MODES = ["rgb_array", "ansi"]
-OPTIONS = ("split", "regions", "size", "reward", "reward_kwargs", "tokenizer", "world", "render_mode")
+OPTIONS = ("split", "regions", "size", "prompts", "reward", "reward_kwargs", "tokenizer", "world", "render_mode")
 
 
 class EpisodeState(NamedTuple):
@@ -37,7 +38,8 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
     3x3, 4x4, 6x6 and 8x8 tokens. The reward is 0 until the last step and then the score of the decoded image.
 
     **Action space**: ``MultiDiscrete`` of shape ``(H, W)``, the last grid's, each entry in ``0..V-1``. At scale t
-    only its top-left ``h_t x w_t`` corner counts; :meth:`step` takes that exact grid as well.
+    only its top-left ``h_t x w_t`` corner counts; :meth:`step` takes that exact grid as well. With a bitwise tokenizer
+    a token has D codes, and actions and tokens have a last axis of D.
 
     **Observation space**: ``Dict`` of ``tokens``, int64 ``(L,)``, all grids one after the other, -1 where nothing was
     sampled yet; ``scale``, 0 to T, the grid to be given next; ``prompt``, its UTF-8 bytes padded with zeros, uint8.
@@ -53,10 +55,13 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
             as JSON has them. ``"target"`` is the paper's profile of two to five, for pictures of 128 pixels. The
             default is that of :class:`~var_env.scenes.World`.
         size: height and width of the picture in pixels.
+        prompts: draws the scenes from prompt files in place of the rendered world: a file, a folder or a Hugging Face
+            dataset's name, such as ``"dnkdnk/CVTG-2K"``; see :class:`~var_env.prompts.PromptWorld`, which takes
+            ``split``, ``regions`` and ``size`` too. Observed prompts are longer then.
         reward: a name that ``rewards.make`` knows, or a ``rewards.base.Reward``.
         reward_kwargs: options of the named reward.
-        tokenizer: path of a tokenizer's weights (default: the shipped ones), or a :class:`Tokenizer`.
-        world: a :class:`World` that replaces ``split``, ``regions`` and ``size``.
+        tokenizer: path of a tokenizer's weights (default: the shipped ones), or a :class:`VisualTokenizer`.
+        world: a :class:`World` that replaces ``split``, ``regions``, ``size`` and ``prompts``.
         render_mode: ``"rgb_array"``, ``"ansi"`` or ``None``.
 
     With ``gymnasium.make`` use names, numbers and dicts only, so that the environment's spec survives JSON.
@@ -79,9 +84,10 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
         split: str = "train",
         regions: Mapping[Any, float] | str | None = None,
         size: int = 64,
+        prompts: str | Path | None = None,
         reward: str | Reward = "ocr",
         reward_kwargs: Mapping[str, Any] | None = None,
-        tokenizer: str | Path | Tokenizer | None = None,
+        tokenizer: str | Path | VisualTokenizer | None = None,
         world: World | None = None,
         render_mode: str | None = None,
         **unknown: Any,
@@ -89,10 +95,10 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
         mdp.reject("VARTextEnv", unknown, OPTIONS)
         check_render_mode(render_mode)
         self.world, self.tokenizer, self.reward = mdp.components(
-            split, regions, size, reward, reward_kwargs, tokenizer, world
+            split, regions, size, reward, reward_kwargs, tokenizer, world, prompts
         )
         self.render_mode = render_mode
-        self.observation_space = mdp.observation_space(self.tokenizer)
+        self.observation_space = mdp.observation_space(self.tokenizer, self.world.max_prompt_bytes)
         self.action_space = mdp.action_space(self.tokenizer)
         self._state: mdp.State | None = None
 
@@ -114,11 +120,14 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
             seed: seeds ``np_random``, from which the world draws; without it, the generator goes on.
             options: ``{"prompt": str}``, words in double quotes, or ``{"scene": Scene}``. Draws no random number.
         """
-        scenes = mdp.requested_scenes(options, None, self.world.size)
-        requested = None if scenes is None else mdp.start(self.tokenizer, scenes)
+        scenes = mdp.requested_scenes(options, None, self.world.size, self.world.max_prompt_bytes)
+        requested = None if scenes is None else self._start(scenes)
         super().reset(seed=seed)
-        self._state = requested or mdp.start(self.tokenizer, [self.world.sample(self.np_random)])
+        self._state = requested or self._start([self.world.sample(self.np_random)])
         return self._observation(self._state), mdp.row_of(mdp.prompt_info(self._state), 0)
+
+    def _start(self, scenes: list[Scene]) -> mdp.State:
+        return mdp.start(self.tokenizer, scenes, self.world.max_prompt_bytes)
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Append one grid: integers of shape ``(H, W)``, the canvas, or ``(h_t, w_t)``. Never truncates."""
@@ -141,7 +150,7 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
 
     def restore_state(self, state: EpisodeState) -> None:
         """Go back to a cloned state. It can be restored any number of times."""
-        check_clone(state, 1, self.schedule)
+        check_clone(state, 1, self.tokenizer)
         self._state = state.episode
         self._np_random, self._np_random_seed = deepcopy(state.generators[0]), state.seeds[0]
 
@@ -152,7 +161,7 @@ def check_render_mode(render_mode: str | None) -> None:
         raise ValueError(f"unknown render_mode {render_mode!r}: choose from {', '.join(RENDER_MODES)} or None")
 
 
-def render_row(render_mode: str | None, tokenizer: Tokenizer, state: mdp.State | None, row: int) -> Any:
+def render_row(render_mode: str | None, tokenizer: VisualTokenizer, state: mdp.State | None, row: int) -> Any:
     """One row's frame in the given mode, ``None`` without a mode."""
     if render_mode is None:
         return None
@@ -160,12 +169,15 @@ def render_row(render_mode: str | None, tokenizer: Tokenizer, state: mdp.State |
     return frame(tokenizer, mdp.require(state), row)
 
 
-def check_clone(state: EpisodeState, rows: int, schedule: ScaleSchedule) -> None:
-    """``ValueError`` for a state that comes from an environment of another batch size or schedule."""
+def check_clone(state: EpisodeState, rows: int, tokenizer: VisualTokenizer) -> None:
+    """``ValueError`` for a state that comes from an environment of another batch size, schedule or depth."""
     if len(state.generators) != rows:
         raise ValueError(f"this state holds {len(state.generators)} episodes, the environment has {rows}")
-    tokens = schedule.total_tokens
-    if state.episode is not None and state.episode.tokens.shape[1] != tokens:
+    if state.episode is None:
+        return
+    (_, tokens, *code), expected = state.episode.tokens.shape, tokenizer.schedule.total_tokens
+    if (tokens, *code) != (expected, *mdp.code_shape(tokenizer)):
         raise ValueError(
-            f"this state's grids have {state.episode.tokens.shape[1]} tokens, the environment's schedule has {tokens}"
+            f"this state's grids have {tokens} tokens of {math.prod(code)} codes, the environment's tokenizer has "
+            f"{expected} of {tokenizer.depth}"
         )

@@ -18,8 +18,10 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from torch import Tensor
 
+from var_env.prompts import PromptWorld
 from var_env.scenes import MAX_PROMPT_BYTES, Scene, World, encode_prompt, scene_from_prompt
-from var_env.tokenizer import Tokenizer
+from var_env.tokenizer import load_tokenizer
+from var_env.visual_tokenizer import VisualTokenizer
 
 if TYPE_CHECKING:
     from rewards.base import Reward, RewardOutput
@@ -31,10 +33,11 @@ class State:
 
     Attributes:
         scenes: N scenes, of which the prompt is what the policy sees.
-        prompts: the prompts' bytes, uint8 ``(N, MAX_PROMPT_BYTES)``.
-        tokens: all tokens so far on the flat axis, int64 ``(N, L)``, -1 where nothing was sampled yet.
-        grids: the grids so far, each int64 ``(N, n_t, 1)`` on the tokenizer's device.
-        canvas: the tokenizer's feature map of these grids, ``(N, C, H, W)``.
+        prompts: the prompts' bytes, uint8 ``(N, limit)``.
+        tokens: all tokens so far on the flat axis, int64 ``(N, L)``, -1 where nothing was sampled yet; ``(N, L, D)``
+            when a token has D > 1 codes.
+        grids: the grids so far, each int64 ``(N, n_t, D)`` on the tokenizer's device.
+        canvas: the tokenizer's canvas of these grids, N rows.
         outcome: what the reward found, one entry a row as in a terminal ``info``; ``None`` before the end.
     """
 
@@ -51,18 +54,18 @@ class State:
         return len(self.grids)
 
 
-def start(tokenizer: Tokenizer, scenes: Sequence[Scene]) -> State:
-    """``s_0``: the prompts alone. ``ValueError`` for a prompt that is too long."""
+def start(tokenizer: VisualTokenizer, scenes: Sequence[Scene], limit: int = MAX_PROMPT_BYTES) -> State:
+    """``s_0``: the prompts alone. ``ValueError`` for a prompt of more than ``limit`` bytes."""
     return State(
         scenes=tuple(scenes),
-        prompts=np.stack([encode_prompt(scene.prompt) for scene in scenes]),
-        tokens=np.full((len(scenes), tokenizer.schedule.total_tokens), -1, np.int64),
+        prompts=np.stack([encode_prompt(scene.prompt, limit) for scene in scenes]),
+        tokens=np.full((len(scenes), tokenizer.schedule.total_tokens, *code_shape(tokenizer)), -1, np.int64),
         grids=(),
         canvas=tokenizer.blank(len(scenes)),
     )
 
 
-def step(tokenizer: Tokenizer, reward: Reward, state: State | None, action: Any, batched: bool) -> State:
+def step(tokenizer: VisualTokenizer, reward: Reward, state: State | None, action: Any, batched: bool) -> State:
     """Read the action, append it and, after the last grid, score the picture. The given state stays as it is.
 
     Raises:
@@ -83,44 +86,52 @@ def require(state: State | None) -> State:
     return state
 
 
-def read_action(tokenizer: Tokenizer, t: int, batch: int, action: Any, batched: bool) -> np.ndarray:
-    """Check an action for grid t and return its tokens, int64 ``(N, n_t)``.
+def read_action(tokenizer: VisualTokenizer, t: int, batch: int, action: Any, batched: bool) -> np.ndarray:
+    """Check an action for grid t and return its tokens, int64 ``(N, n_t, D)``.
 
     An action is an array or tensor of integers: the whole canvas ``(H, W)``, of which the top-left ``h_t x w_t``
     corner counts, or the exact grid ``(h_t, w_t)``. With ``batched`` it has a leading axis of N, and the grid may
-    also be flat, as policies give it: ``(N, n_t)`` or ``(N, n_t, 1)``.
+    also be flat, as policies give it: ``(N, n_t)`` or ``(N, n_t, 1)``. Where a token has D > 1 codes, each of these has
+    a last axis of D.
     """
     (h, w), (height, width) = tokenizer.schedule.grids[t], tokenizer.schedule.grids[-1]
-    rows = (batch,) if batched else ()
+    rows, code = (batch,) if batched else (), code_shape(tokenizer)
     try:
         array = action.detach().cpu().numpy() if isinstance(action, Tensor) else np.asarray(action)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the action at scale {t} is no array of integers: {error}") from error
     if array.dtype.kind not in "iu":
         raise ValueError(f"the action at scale {t} must hold integers, got dtype {array.dtype}")
-    if array.shape == (*rows, height, width):
-        tokens = array[..., :h, :w]
-    elif array.shape == (*rows, h, w) or (batched and array.shape in ((batch, h * w), (batch, h * w, 1))):
+    flat = ((batch, h * w, *code), (batch, h * w, tokenizer.depth))
+    if array.shape == (*rows, height, width, *code):
+        tokens = array[:, :h, :w] if batched else array[:h, :w]
+    elif array.shape == (*rows, h, w, *code) or (batched and array.shape in flat):
         tokens = array
     else:
         raise ValueError(
-            f"the action at scale {t} must have the shape of the canvas, {(*rows, height, width)}, "
-            f"or of its grid, {(*rows, h, w)}; got {array.shape}"
+            f"the action at scale {t} must have the shape of the canvas, {(*rows, height, width, *code)}, "
+            f"or of its grid, {(*rows, h, w, *code)}; got {array.shape}"
         )
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= tokenizer.vocab_size:
         wrong = low if low < 0 else high
         raise ValueError(f"the action at scale {t} holds the token {wrong}: use 0 to {tokenizer.vocab_size - 1}")
-    return tokens.reshape(batch, h * w).astype(np.int64)
+    return tokens.reshape(batch, h * w, tokenizer.depth).astype(np.int64)
+
+
+def code_shape(tokenizer: VisualTokenizer) -> tuple[int, ...]:
+    """The axes that a token has in actions and observations: none, or ``(D,)`` when it has several codes."""
+    return () if tokenizer.depth == 1 else (tokenizer.depth,)
 
 
 @torch.no_grad()
-def append(tokenizer: Tokenizer, state: State, tokens: np.ndarray) -> State:
-    """The state with one more grid, its tokens ``(N, n_t)`` as :func:`read_action` returns them."""
+def append(tokenizer: VisualTokenizer, state: State, tokens: np.ndarray) -> State:
+    """The state with one more grid, its tokens ``(N, n_t, D)`` as :func:`read_action` returns them."""
     t = state.t
-    flat = state.tokens.copy()  # (N, L)
-    flat[:, tokenizer.schedule.slices[t]] = tokens
-    grid = torch.from_numpy(tokens).unsqueeze(-1).to(state.canvas.device)  # (N, n_t, 1)
+    flat = state.tokens.copy()  # (N, L) or (N, L, D)
+    here = flat[:, tokenizer.schedule.slices[t]]  # a view
+    here[:] = tokens.reshape(here.shape)
+    grid = torch.from_numpy(tokens).to(state.canvas.device)  # (N, n_t, D)
     return replace(state, tokens=flat, grids=(*state.grids, grid), canvas=tokenizer.write(t, state.canvas, grid))
 
 
@@ -133,7 +144,7 @@ def require_applicable(output: RewardOutput, scenes: Sequence[Scene]) -> None:
         )
 
 
-def finish(tokenizer: Tokenizer, reward: Reward, state: State) -> State:
+def finish(tokenizer: VisualTokenizer, reward: Reward, state: State) -> State:
     """Decode and score: the state with its outcome. The reward sees to it that scores are finite numbers."""
     images = tokenizer.decode(state.canvas).cpu().numpy()  # (N, S, S, 3)
     output = reward(images, state.scenes)
@@ -175,7 +186,8 @@ def _take(value: Any, index: np.ndarray) -> Any:
 
 
 def observe(state: State) -> dict[str, np.ndarray]:
-    """The observation of N rows, in fresh arrays: tokens ``(N, L)``, scale ``(N,)``, prompt ``(N, bytes)``."""
+    """The observation of N rows, in fresh arrays: tokens ``(N, L)`` or ``(N, L, D)``, scale ``(N,)``, prompt
+    ``(N, bytes)``."""
     return {
         "tokens": state.tokens.copy(),
         "scale": np.full(len(state.scenes), state.t, np.int64),
@@ -209,19 +221,22 @@ def _entry(values: Any, row: int) -> Any:
     return list(value) if isinstance(values, list) and isinstance(value, np.ndarray) else value
 
 
-def observation_space(tokenizer: Tokenizer) -> spaces.Dict:
+def observation_space(tokenizer: VisualTokenizer, limit: int = MAX_PROMPT_BYTES) -> spaces.Dict:
     """One row's observation: the tokens so far (-1: not yet), the scale to come, the prompt's bytes."""
     schedule = tokenizer.schedule
     return spaces.Dict(
-        tokens=spaces.Box(-1, tokenizer.vocab_size - 1, (schedule.total_tokens,), np.int64),
+        tokens=spaces.Box(-1, tokenizer.vocab_size - 1, (schedule.total_tokens, *code_shape(tokenizer)), np.int64),
         scale=spaces.Discrete(len(schedule) + 1),
-        prompt=spaces.Box(0, 255, (MAX_PROMPT_BYTES,), np.uint8),
+        prompt=spaces.Box(0, 255, (limit,), np.uint8),
     )
 
 
-def action_space(tokenizer: Tokenizer) -> spaces.MultiDiscrete:
-    """One row's action: the canvas ``(H, W)`` of tokens."""
-    return spaces.MultiDiscrete(np.full(tokenizer.schedule.grids[-1], tokenizer.vocab_size))
+def action_space(tokenizer: VisualTokenizer) -> spaces.MultiDiscrete:
+    """One row's action: the canvas ``(H, W)`` of tokens, ``(H, W, D)`` when they have several codes.
+
+    In a raster schedule no grid is larger than one token, and the action is ``(1, 1)``.
+    """
+    return spaces.MultiDiscrete(np.full((*tokenizer.schedule.grids[-1], *code_shape(tokenizer)), tokenizer.vocab_size))
 
 
 # What the environments are made of -----------------------------------------------------------------------------------
@@ -233,16 +248,20 @@ def components(
     size: int,
     reward: str | Reward,
     reward_kwargs: Mapping[str, Any] | None,
-    tokenizer: str | Path | Tokenizer | None,
+    tokenizer: str | Path | VisualTokenizer | None,
     world: World | None,
-) -> tuple[World, Tokenizer, Reward]:
+    prompts: str | Path | None = None,
+) -> tuple[World, VisualTokenizer, Reward]:
     """The world, the tokenizer and the reward that an environment's arguments name; objects are taken as they are."""
     if world is None:
-        world = World(size=size, split=split, regions=regions)
+        if prompts is None:
+            world = World(size=size, split=split, regions=regions)
+        else:
+            world = PromptWorld(prompts, size=size, split=split, regions=regions)
+    elif prompts is not None:
+        raise ValueError(f"give world or prompts, not both: got {world!r} and {prompts!r}")
     if tokenizer is None or isinstance(tokenizer, str | Path):
-        tokenizer = Tokenizer.load(tokenizer)
-    if tokenizer.depth != 1:
-        raise ValueError(f"VARText takes tokenizers with one code a position, this one has depth {tokenizer.depth}")
+        tokenizer = load_tokenizer(tokenizer)
     if tokenizer.image_size != world.size:
         raise ValueError(
             f"the tokenizer draws pictures of {tokenizer.image_size} px and the world has {world.size} px: "
@@ -257,7 +276,9 @@ def components(
     return world, tokenizer, reward
 
 
-def requested_scenes(options: Mapping[str, Any] | None, batch: int | None, size: int) -> list[Scene] | None:
+def requested_scenes(
+    options: Mapping[str, Any] | None, batch: int | None, size: int, limit: int = MAX_PROMPT_BYTES
+) -> list[Scene] | None:
     """The scenes that the options of a reset ask for, or ``None`` when the world is to draw them.
 
     Args:
@@ -284,7 +305,7 @@ def requested_scenes(options: Mapping[str, Any] | None, batch: int | None, size:
         raise ValueError(f"the reset option {name!r} takes {wanted.__name__}, got {wrong[0]!r}")
     if len(values) != (batch or 1):
         raise ValueError(f"the reset option {name!r} needs one entry a row, {batch}; got {len(values)}")
-    return [scene_from_prompt(entry, size) for entry in values] if name == prompt_key else values
+    return [scene_from_prompt(entry, size, limit) for entry in values] if name == prompt_key else values
 
 
 def reject(owner: str, unknown: Mapping[str, Any], known: Collection[str]) -> None:

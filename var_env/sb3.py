@@ -17,7 +17,8 @@ from var_env.vector import VARTextVectorEnv
 
 
 def flat_action_space(space: spaces.Space) -> spaces.MultiDiscrete:
-    """The canvas ``(H, W)`` as ``MultiDiscrete`` of shape ``(H * W,)``, row by row."""
+    """The canvas ``(H, W)`` as ``MultiDiscrete`` of shape ``(H * W,)``, row by row; ``(H * W * D,)`` where a token has
+    D > 1 codes, which stand side by side."""
     assert isinstance(space, spaces.MultiDiscrete)
     return spaces.MultiDiscrete(space.nvec.reshape(-1))
 

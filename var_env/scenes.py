@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MAX_PROMPT_BYTES = 192
+MAX_PROMPT_BYTES = 192  # of this world's prompts, and what the shipped policy reads; other worlds may have other limits
 LATTICE = 8  # px; glyph cells start on multiples of it
 CELL_WIDTH, CELL_HEIGHT = 16, 24  # px, the cell of one glyph: 2 x 3 lattice cells
 FONT_SIZE = 26  # px; the advance of DejaVu Sans Mono Bold at this size fills the cell's width
@@ -45,6 +45,7 @@ TEMPLATES = (
     "A {ground} poster with the text {words} in {ink}",
 )
 _QUOTED = re.compile(r'"([^"]*)"')
+_SINGLE_QUOTED = re.compile(r"(?<!\w)'(.+?)'(?!\w)")  # an apostrophe has letters on both sides
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Scene:
     """One prompt with its target words and, when it was drawn by :class:`World`, the layout that shows them.
 
     Attributes:
-        prompt: plain English, at most ``MAX_PROMPT_BYTES`` bytes in UTF-8, the words in double quotes.
+        prompt: plain English, the words in double quotes, at most ``max_prompt_bytes`` of its world in UTF-8.
         words: the target words, top to bottom.
         boxes: one ``(x0, y0, x1, y1)`` a word, in pixels, half open; empty for a scene made from a prompt alone.
         size: height and width of the picture in pixels.
@@ -69,6 +70,8 @@ class Scene:
 
 class World:
     """Draws scenes of one split.
+
+    ``max_prompt_bytes`` is the length of the longest prompt that its environments take.
 
     Args:
         size: the picture's height and width in pixels, a multiple of 8, at least 48.
@@ -88,6 +91,8 @@ class World:
         >>> scene.prompt
         'A navy sign that says "ELK" above "WHGD" in yellow letters'
     """
+
+    max_prompt_bytes = MAX_PROMPT_BYTES
 
     def __init__(
         self,
@@ -121,6 +126,12 @@ class World:
         prompt = template.format(words=" above ".join(f'"{word}"' for word in words), ink=ink, ground=ground)
         colours = PALETTE["dark"] | PALETTE["light"]
         return Scene(prompt, words, self._place(words, rng), self.size, colours[ink], colours[ground])
+
+    def held_out(self, count: int, seed: int = 0, split: str = "test") -> list[Scene]:
+        """``count`` scenes of another split; the first ones are the same whatever the count."""
+        rng = np.random.default_rng(seed)
+        other = World(size=self.size, split=split, regions=self.regions)
+        return [other.sample(rng) for _ in range(count)]
 
     def _sample_word(self, rng: np.random.Generator) -> str:
         """A listed word or, half of the time, random letters whose hash falls into this split."""
@@ -182,31 +193,32 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def quoted_texts(prompt: str) -> list[str]:
-    """What stands in double quotes, in order; blank quotes are left out."""
-    return [text for text in _QUOTED.findall(prompt) if text.strip()]
+    """What stands in double quotes, in order, or where there are none in single ones; blank quotes are left out."""
+    texts = [text for text in _QUOTED.findall(prompt) if text.strip()]
+    return texts or [text for text in _SINGLE_QUOTED.findall(prompt) if text.strip()]
 
 
 def quoted_words(prompt: str) -> tuple[str, ...]:
-    """The words in double quotes, in order; text in quotes is split at white space."""
+    """The words in quotes, in order; text in quotes is split at white space."""
     words = tuple(word for text in quoted_texts(prompt) for word in text.split())
     if not words:
         raise ValueError(f'the prompt names no word in double quotes, such as A sign that says "RUN": {prompt!r}')
     return words
 
 
-def encode_prompt(prompt: str) -> np.ndarray:
-    """UTF-8 bytes, padded with zeros: uint8 ``(MAX_PROMPT_BYTES,)``. ``ValueError`` when the prompt is too long."""
+def encode_prompt(prompt: str, limit: int = MAX_PROMPT_BYTES) -> np.ndarray:
+    """UTF-8 bytes, padded with zeros: uint8 ``(limit,)``. ``ValueError`` when the prompt is too long."""
     data = prompt.encode()
-    if len(data) > MAX_PROMPT_BYTES:
-        raise ValueError(f"the prompt has {len(data)} bytes, at most {MAX_PROMPT_BYTES} fit: {prompt!r}")
-    padded = np.zeros(MAX_PROMPT_BYTES, np.uint8)
+    if len(data) > limit:
+        raise ValueError(f"the prompt has {len(data)} bytes, at most {limit} fit: {prompt!r}")
+    padded = np.zeros(limit, np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     return padded
 
 
-def scene_from_prompt(prompt: str, size: int = 64) -> Scene:
+def scene_from_prompt(prompt: str, size: int = 64, limit: int = MAX_PROMPT_BYTES) -> Scene:
     """A scene to be drawn by a policy: the prompt's words and no layout."""
-    encode_prompt(prompt)
+    encode_prompt(prompt, limit)
     return Scene(prompt, quoted_words(prompt), size=size)
 
 

@@ -20,10 +20,11 @@ class ScaleSchedule:
 
     Args:
         grids: ``(h, w)`` of every grid, coarse to fine. The last one is the canvas and no other may exceed it.
-        patch: pixels along one side of a token of the last grid; the picture is ``(H * patch, W * patch)``.
+        patch: pixels along one side of a token of the canvas; the picture is ``(H * patch, W * patch)``.
+        canvas: ``(H, W)`` when the grids are no pyramid but the single tokens of a canvas, see `raster`.
 
     Raises:
-        ValueError: no grid, a size below 1, or a grid larger than the last one.
+        ValueError: no grid, a size below 1, a grid larger than the last one, or a canvas that the grids do not fill.
 
     Example:
         >>> schedule = ScaleSchedule([(1, 1), (2, 2), (4, 4)], patch=16)
@@ -35,8 +36,9 @@ class ScaleSchedule:
 
     grids: tuple[tuple[int, int], ...]
     patch: int
+    canvas: tuple[int, int]  # (H, W), the token positions of the finished picture
 
-    def __init__(self, grids: Iterable[Sequence[int]], patch: int = 16) -> None:
+    def __init__(self, grids: Iterable[Sequence[int]], patch: int = 16, canvas: tuple[int, int] | None = None) -> None:
         pairs = tuple(tuple(int(side) for side in grid) for grid in grids)
         if not pairs or any(len(grid) != 2 or min(grid) < 1 for grid in pairs):
             raise ValueError(f"a schedule needs at least one grid, each (h, w) with both at least 1, got {pairs}")
@@ -44,8 +46,33 @@ class ScaleSchedule:
             raise ValueError(f"no grid may be larger than the last one, {pairs[-1]}, got {pairs}")
         if patch < 1:
             raise ValueError(f"patch must be at least 1 pixel, got {patch}")
+        if canvas is not None and pairs != ((1, 1),) * (canvas[0] * canvas[1]):
+            raise ValueError(f"canvas={canvas} takes one grid of (1, 1) a token, see ScaleSchedule.raster; got {pairs}")
         object.__setattr__(self, "grids", pairs)
         object.__setattr__(self, "patch", int(patch))
+        object.__setattr__(self, "canvas", pairs[-1] if canvas is None else (int(canvas[0]), int(canvas[1])))
+
+    @classmethod
+    def raster(cls, canvas: Sequence[int], patch: int = 16) -> ScaleSchedule:
+        """The schedule of plain autoregressive models: every token of one canvas is a step, row by row.
+
+        Args:
+            canvas: ``(H, W)``; T is ``H * W`` and every grid ``(1, 1)``.
+
+        Example:
+            >>> schedule = ScaleSchedule.raster((24, 24))  # Janus-Pro
+            >>> len(schedule), schedule.total_tokens, schedule.canvas
+            (576, 576, (24, 24))
+        """
+        if len(canvas) != 2 or min(canvas) < 1:
+            raise ValueError(f"canvas must be (H, W), both at least 1, got {canvas}")
+        h, w = int(canvas[0]), int(canvas[1])
+        return cls([(1, 1)] * (h * w), patch, (h, w))
+
+    @property
+    def is_raster(self) -> bool:
+        """Whether grid t is the t-th token of the canvas, and not the whole picture at a scale of its own."""
+        return len(self.grids) > 1 and self.canvas != self.grids[-1]
 
     @classmethod
     def nextflow(cls, resolution: int, aspect: Sequence[int] = (1, 1)) -> ScaleSchedule:
@@ -93,15 +120,36 @@ class ScaleSchedule:
         ends = [sum(self.sizes[: t + 1]) for t in range(len(self))]
         return tuple(slice(end - size, end) for size, end in zip(self.sizes, ends, strict=True))
 
+    @cached_property
+    def bands(self) -> tuple[tuple[str, range], ...]:
+        """What people look at one by one, as a name and its steps: each grid, or each row of a raster.
+
+        Example:
+            >>> ScaleSchedule([(1, 1), (2, 2)]).bands
+            (('1_1x1', range(0, 1)), ('2_2x2', range(1, 2)))
+            >>> ScaleSchedule.raster((2, 3)).bands
+            (('row_1', range(0, 3)), ('row_2', range(3, 6)))
+        """
+        if not self.is_raster:
+            return tuple((f"{t + 1}_{h}x{w}", range(t, t + 1)) for t, (h, w) in enumerate(self.grids))
+        rows, columns = self.canvas
+        return tuple((f"row_{row + 1}", range(row * columns, (row + 1) * columns)) for row in range(rows))
+
     def split(self, resolution: int) -> int:
         """The middle step m: how many grids the prefix has when its last one first shows ``resolution`` pixels.
 
-        A grid shows its longer side times ``patch``. This is the paper's Table 6, where the patch is 16 pixels:
-        the 256-pixel prefix of the 1024-pixel schedule ends with the (16, 16) grid, so ``m_256 = 12``.
+        A grid shows its longer side times ``patch``. This is the paper's Table 6, where the patch is 16 pixels: the
+        256-pixel prefix of the 1024-pixel schedule ends with the (16, 16) grid, so ``m_256 = 12``.
 
         Raises:
-            ValueError: no grid shows that resolution; the message lists those that the schedule has.
+            ValueError: no grid shows that resolution; the message lists those that the schedule has. A raster schedule
+                has none: its steps show parts of the picture, and not the whole at a lower resolution.
         """
+        if self.is_raster:
+            raise ValueError(
+                f"a raster schedule has no resolution of {resolution} pixels to split at: give the number of tokens in "
+                f"the prefix, 1 to {len(self)}"
+            )
         resolutions = [max(grid) * self.patch for grid in self.grids]
         if resolution not in resolutions:
             available = ", ".join(str(r) for r in sorted(set(resolutions)))
@@ -115,12 +163,15 @@ class ScaleSchedule:
             split: a whole number from 1 to T is m itself, the number of grids in the prefix, and a larger one a
                 resolution for ``split``. ``"m_128"`` is the resolution in any case, as the paper writes it: in
                 the 1024-pixel schedule 16 is a number of grids, and ``"m_16"`` the first of them. ``"half"`` is the
-                first grid that shows at least half of the picture's resolution.
+                first grid that shows at least half of the picture's resolution, or half of a raster's tokens.
 
         Raises:
             ValueError: neither; the message lists what the schedule has.
         """
-        resolutions = {f"m_{max(grid) * self.patch}": max(grid) * self.patch for grid in self.grids}
+        sizes = () if self.is_raster else tuple(max(grid) * self.patch for grid in self.grids)
+        resolutions = {f"m_{size}": size for size in sizes}
+        if split == "half" and self.is_raster:
+            return (len(self) + 1) // 2
         if split == "half":
             return next(m for m, grid in enumerate(self.grids, 1) if 2 * max(grid) >= max(self.grids[-1]))
         if isinstance(split, str) and split in resolutions:

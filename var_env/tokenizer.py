@@ -1,6 +1,7 @@
 """The visual tokenizer: VAR's multi-scale residual vector quantiser (Tian et al., 2024, arXiv 2404.02905).
 
-An image becomes T token grids, coarse to fine, that share one codebook. Encoding walks the scales::
+An image becomes T token grids, coarse to fine, that share one codebook (or, in ``var_env/bits.py``, have none).
+Encoding walks the scales::
 
     residual = features                                        # (B, C, H, W)
     for t:  a_t      = nearest codes of area_downsample(residual, h_t x w_t)
@@ -16,49 +17,64 @@ cheap on a CPU. Everything here is a pure function of its inputs; nothing change
 
 from __future__ import annotations
 
-import json
+from abc import abstractmethod
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from var_env.schedule import ScaleSchedule
+from var_env.visual_tokenizer import VisualTokenizer
+from var_env.weights import load_config_and_weights, load_weights, save_module, saved_class
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DEFAULT_SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8)], patch=8)  # 130 tokens
+MAKER = "examples/pretrain.py tokenizer"
+TOKENIZERS = {  # class name to module, for `load_tokenizer`; the first is what a file without a name holds
+    "Tokenizer": "var_env.tokenizer",
+    "RasterTokenizer": "var_env.raster",
+    "VARTokenizer": "var_env.var_vqvae",
+    "BitTokenizer": "var_env.bits",
+    "InfinityTokenizer": "var_env.infinity_vae",
+    "JanusTokenizer": "var_env.janus_vq",
+    "TableTokenizer": "var_env.tabular",
+}
 
 
-class Tokenizer(nn.Module):
-    """Images to token grids and back. ``D`` (codes a position) is 1; grids are int64 ``(B, n_t, 1)``.
+def load_tokenizer(path: str | Path | None = None) -> VisualTokenizer:
+    """The tokenizer in a file, whatever its class; without a path, the shipped one. Frozen, in eval mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no tokenizer, or one of a class that is not known here.
+    """
+    return Tokenizer.load() if path is None else saved_class(path, VisualTokenizer, TOKENIZERS, MAKER).load(path)
+
+
+class MultiScaleTokenizer(VisualTokenizer):
+    """The residual quantiser over scales, whatever it rounds a vector to: a code of a codebook, or bits.
+
+    A kind of quantiser adds `embed`, the vectors of codes, `nearest`, the codes of vectors, and `swapped`, codes with
+    mistakes.
 
     Args:
         schedule: the grids; the last one times ``schedule.patch`` is the image size in pixels.
-        vocab_size: codes in the shared codebook, ``V``.
-        channels: channels of a code and of the canvas, ``C``.
+        channels: channels of a code vector and of the canvas, ``C``.
         width: channels of the convolutional encoder and decoder.
         blocks: residual blocks in each of them.
     """
 
-    depth = 1
-
-    def __init__(
-        self,
-        schedule: ScaleSchedule = DEFAULT_SCHEDULE,
-        vocab_size: int = 512,
-        channels: int = 16,
-        width: int = 128,
-        blocks: int = 2,
-    ) -> None:
+    def __init__(self, schedule: ScaleSchedule, channels: int, width: int, blocks: int) -> None:
         super().__init__()
-        self.schedule, self.vocab_size, self.channels = schedule, vocab_size, channels
+        self.schedule, self.channels = schedule, channels
         self.config = {
             "grids": [list(grid) for grid in schedule.grids],
             "patch": schedule.patch,
-            "vocab_size": vocab_size,
-            "channels": channels,
             "width": width,
             "blocks": blocks,
         }
@@ -76,17 +92,18 @@ class Tokenizer(nn.Module):
             nn.PixelShuffle(schedule.patch),
         )
         self.phi = nn.ModuleList(Phi(channels) for _ in schedule.grids)
-        self.codebook: Tensor
-        self.register_buffer("codebook", torch.randn(vocab_size, channels))  # (V, C)
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of the images in pixels."""
-        return self.schedule.grids[-1][0] * self.schedule.patch
 
     @property
     def device(self) -> torch.device:
-        return self.codebook.device
+        return next(self.parameters()).device
+
+    @abstractmethod
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Codes of the nearest code vectors, ``(..., C)`` to int64 ``(..., D)``."""
+
+    @abstractmethod
+    def swapped(self, grid: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+        """A grid ``(B, n_t, D)`` with a share of its codes replaced, each by one that a policy may confuse it with."""
 
     # The interface that any VAR model can fill --------------------------------------------------------------------
 
@@ -97,20 +114,16 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> list[Tensor]:
-        """uint8 images ``(B, S, S, 3)`` to T grids ``(B, n_t, 1)``."""
+        """uint8 images ``(B, S, S, 3)`` to T grids ``(B, n_t, D)``."""
         return self.quantise(self.features(to_unit(images)))[0]
 
     def write(self, t: int, canvas: Tensor, grid: Tensor) -> Tensor:
-        """A new canvas with grid t ``(B, n_t, 1)`` added."""
+        """A new canvas with grid t ``(B, n_t, D)`` added."""
         return canvas + self.contribution(t, grid)
 
     def read(self, t: int, canvas: Tensor) -> Tensor:
         """What a policy sees before it predicts grid t: the canvas at that grid's size, ``(B, n_t, C)``."""
-        return F.adaptive_avg_pool2d(canvas, self.schedule.grids[t]).flatten(2).transpose(1, 2)
-
-    def embed(self, t: int, grid: Tensor) -> Tensor:
-        """Code vectors of grid t, ``(B, n_t, C)``."""
-        return F.embedding(grid.squeeze(-1), self.codebook)
+        return self.pooled(t, canvas)
 
     @torch.no_grad()
     def decode(self, canvas: Tensor) -> Tensor:
@@ -123,6 +136,10 @@ class Tokenizer(nn.Module):
         """Images in [-1, 1], ``(B, 3, S, S)``, to the feature map ``(B, C, H, W)``."""
         return self.encoder(images)
 
+    def pooled(self, t: int, features: Tensor) -> Tensor:
+        """Features ``(B, C, H, W)`` at the size of grid t, means over areas: ``(B, n_t, C)``."""
+        return F.adaptive_avg_pool2d(features, self.schedule.grids[t]).flatten(2).transpose(1, 2)
+
     def contribution(self, t: int, grid: Tensor) -> Tensor:
         """What grid t adds to the canvas, ``(B, C, H, W)``."""
         return self.spread(t, self.embed(t, grid))
@@ -132,39 +149,26 @@ class Tokenizer(nn.Module):
         coarse = codes.transpose(1, 2).unflatten(2, self.schedule.grids[t])  # (B, C, h_t, w_t)
         return self.phi[t](F.interpolate(coarse, size=self.schedule.grids[-1], mode="bilinear", align_corners=False))
 
-    def nearest(self, vectors: Tensor) -> Tensor:
-        """Indices of the nearest codes, ``(..., C)`` to int64 ``(..., 1)``."""
-        scores = vectors @ self.codebook.T - self.codebook.square().sum(-1) / 2  # (..., V); |v|^2 is common to all
-        return scores.argmax(-1, keepdim=True)
-
     @torch.no_grad()
     def quantise(
         self, features: Tensor, swap: float = 0.0, generator: torch.Generator | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Features ``(B, C, H, W)`` to T grids written on the canvas and T grids of labels, each ``(B, n_t, 1)``.
+        """Features ``(B, C, H, W)`` to T grids written on the canvas and T grids of labels, each ``(B, n_t, D)``.
 
-        The two are the same unless ``swap`` is above 0: then that fraction of the written codes is replaced by one
-        of the label's 16 nearest neighbours, and the later grids quantise what the swap left over. A policy that is
-        trained on such grids sees its own kind of mistake and learns to correct it at the next scale (exposure
-        bias; the idea is Infinity's bitwise self-correction, arXiv 2412.04431).
+        The two are the same unless ``swap`` is above 0: then that fraction of the written codes is `swapped`, and the
+        later grids quantise what this left over. A policy that is trained on such grids sees its own kind of mistake
+        and learns to correct it at the next scale (exposure bias; Infinity's bitwise self-correction, arXiv
+        2412.04431).
         """
-        near = self._neighbours(16) if swap > 0 else None  # (V, 16)
         written, labels, residual = [], [], features
         for t in range(len(self.schedule)):
-            label = grid = self.nearest(self.read(t, residual))
-            if near is not None:
-                pick = torch.randint(near.shape[1], grid.shape, generator=generator, device=grid.device)
-                flip = torch.rand(grid.shape, generator=generator, device=grid.device) < swap
-                grid = torch.where(flip, near[label.squeeze(-1)].gather(-1, pick), label)
+            label = grid = self.nearest(self.pooled(t, residual))
+            if swap > 0:
+                grid = self.swapped(label, swap, generator)
             residual = residual - self.contribution(t, grid)
             written.append(grid)
             labels.append(label)
         return written, labels
-
-    def _neighbours(self, count: int) -> Tensor:
-        """The codes nearest to each code, itself left out: int64 ``(V, count)``, fewer in a smaller codebook."""
-        distances = torch.cdist(self.codebook, self.codebook).fill_diagonal_(torch.inf)
-        return distances.topk(min(count, self.vocab_size - 1), largest=False).indices
 
     # Files -------------------------------------------------------------------------------------------------------
 
@@ -173,14 +177,66 @@ class Tokenizer(nn.Module):
         save_module(self, path, half)
 
     @classmethod
-    def load(cls, path: str | Path | None = None) -> Tokenizer:
-        """Read a file that :meth:`save` wrote; without a path, the shipped weights. Frozen, in eval mode."""
-        with resources.as_file(resources.files("var_env") / "assets" / "tokenizer.safetensors") as shipped:
-            config, weights = load_config_and_weights(path or shipped, "examples/pretrain.py tokenizer")
+    def load(cls, path: str | Path | None = None) -> Self:
+        """Read a file that :meth:`save` wrote. Frozen, in eval mode."""
+        config, weights = load_config_and_weights(path or "(none given)", MAKER)
         schedule = ScaleSchedule(config.pop("grids"), config.pop("patch"))
         tokenizer = cls(schedule, **config)
-        load_weights(tokenizer, weights, path or "the shipped tokenizer")
+        load_weights(tokenizer, weights, path or "")
         return tokenizer.eval().requires_grad_(False)
+
+
+class Tokenizer(MultiScaleTokenizer):
+    """Images to token grids and back. ``D`` (codes a position) is 1; grids are int64 ``(B, n_t, 1)``.
+
+    Args:
+        schedule: the grids; the last one times ``schedule.patch`` is the image size in pixels.
+        vocab_size: codes in the shared codebook, ``V``.
+        channels: channels of a code and of the canvas, ``C``.
+        width: channels of the convolutional encoder and decoder.
+        blocks: residual blocks in each of them.
+    """
+
+    def __init__(
+        self,
+        schedule: ScaleSchedule = DEFAULT_SCHEDULE,
+        vocab_size: int = 512,
+        channels: int = 16,
+        width: int = 128,
+        blocks: int = 2,
+    ) -> None:
+        super().__init__(schedule, channels, width, blocks)
+        self.vocab_size = vocab_size
+        self.config |= {"vocab_size": vocab_size, "channels": channels}
+        self.codebook: Tensor
+        self.register_buffer("codebook", torch.randn(vocab_size, channels))  # (V, C)
+
+    def embed(self, t: int, grid: Tensor) -> Tensor:
+        """Code vectors of grid t, ``(B, n_t, C)``."""
+        return F.embedding(grid.squeeze(-1), self.codebook)
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Indices of the nearest codes, ``(..., C)`` to int64 ``(..., 1)``."""
+        scores = vectors @ self.codebook.T - self.codebook.square().sum(-1) / 2  # (..., V); |v|^2 is common to all
+        return scores.argmax(-1, keepdim=True)
+
+    def swapped(self, grid: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+        """A share of the codes replaced, each by one of its 16 nearest neighbours in the codebook."""
+        near = self._neighbours(16)  # (V, 16)
+        pick = torch.randint(near.shape[1], grid.shape, generator=generator, device=grid.device)
+        flip = torch.rand(grid.shape, generator=generator, device=grid.device) < share
+        return torch.where(flip, near[grid.squeeze(-1)].gather(-1, pick), grid)
+
+    def _neighbours(self, count: int) -> Tensor:
+        """The codes nearest to each code, itself left out: int64 ``(V, count)``, fewer in a smaller codebook."""
+        distances = torch.cdist(self.codebook, self.codebook).fill_diagonal_(torch.inf)
+        return distances.topk(min(count, self.vocab_size - 1), largest=False).indices
+
+    @classmethod
+    def load(cls, path: str | Path | None = None) -> Self:
+        """Read a file that :meth:`save` wrote; without a path, the shipped weights. Frozen, in eval mode."""
+        with resources.as_file(resources.files("var_env") / "assets" / "tokenizer.safetensors") as shipped:
+            return super().load(path or shipped)
 
 
 class ResidualBlock(nn.Module):
@@ -215,38 +271,3 @@ def to_unit(images: Tensor) -> Tensor:
 def from_unit(images: Tensor) -> Tensor:
     """Float ``(B, 3, S, S)`` to uint8 ``(B, S, S, 3)``, clipped."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def save_module(module: nn.Module, path: str | Path, half: bool = False) -> None:
-    """Write a module's state dict, with its ``config`` in the metadata, to one safetensors file."""
-    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
-    if half:
-        weights = {name: w.bfloat16() if w.is_floating_point() else w for name, w in weights.items()}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path, metadata={"config": json.dumps(module.config)})
-
-
-def load_config_and_weights(path: str | Path, maker: str) -> tuple[dict, dict[str, Tensor]]:
-    """Read a file that :func:`save_module` wrote; floating-point weights come back as float32.
-
-    Raises:
-        FileNotFoundError: there is no such file; the message names the command that makes one.
-        ValueError: the file is not such a file, or it is cut short.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights at {path}: give the path of a .safetensors file, or make one with {maker}")
-    try:
-        with safe_open(path, "pt") as file:
-            config = json.loads(file.metadata()["config"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"cannot read weights from {path}, corrupt or not made by {maker}: {error}") from error
-    return config, {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
-
-
-def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """``load_state_dict`` with one clear error: ``ValueError`` naming the source and what does not fit."""
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"the weights in {source} do not fit their own configuration: {error}") from error

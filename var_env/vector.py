@@ -17,7 +17,7 @@ from var_env import mdp
 from var_env.env import OPTIONS, RENDER_MODES, EpisodeState, check_clone, check_render_mode, render_row
 from var_env.scenes import Scene, World
 from var_env.schedule import ScaleSchedule
-from var_env.tokenizer import Tokenizer
+from var_env.visual_tokenizer import VisualTokenizer
 
 if TYPE_CHECKING:
     from rewards.base import Reward
@@ -36,7 +36,8 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
 
     Args:
         num_envs: N, the number of rows.
-        split, regions, size, reward, reward_kwargs, tokenizer, world, render_mode: as in the single environment.
+        split, regions, size, prompts, reward, reward_kwargs, tokenizer, world, render_mode: as in the single
+            environment.
 
     Raises:
         TypeError, ValueError, ResetNeeded: as in the single environment.
@@ -51,9 +52,10 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
         split: str = "train",
         regions: Mapping[Any, float] | str | None = None,
         size: int = 64,
+        prompts: str | Path | None = None,
         reward: str | Reward = "ocr",
         reward_kwargs: Mapping[str, Any] | None = None,
-        tokenizer: str | Path | Tokenizer | None = None,
+        tokenizer: str | Path | VisualTokenizer | None = None,
         world: World | None = None,
         render_mode: str | None = None,
         **unknown: Any,
@@ -63,11 +65,11 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.world, self.tokenizer, self.reward = mdp.components(
-            split, regions, size, reward, reward_kwargs, tokenizer, world
+            split, regions, size, reward, reward_kwargs, tokenizer, world, prompts
         )
         self.num_envs = num_envs
         self.render_mode = render_mode
-        self.single_observation_space = mdp.observation_space(self.tokenizer)
+        self.single_observation_space = mdp.observation_space(self.tokenizer, self.world.max_prompt_bytes)
         self.single_action_space = mdp.action_space(self.tokenizer)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -93,12 +95,12 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
 
     @property
     def grids(self) -> list[Tensor]:
-        """The grids so far, each int64 ``(N, n_t, 1)`` on the tokenizer's device. Not to be changed in place."""
+        """The grids so far, each int64 ``(N, n_t, D)`` on the tokenizer's device. Not to be changed in place."""
         return list(mdp.require(self._state).grids)
 
     @property
     def canvas(self) -> Tensor:
-        """The tokenizer's canvas ``(N, C, H, W)``. Not to be changed in place."""
+        """The tokenizer's canvas, N rows. Not to be changed in place."""
         return mdp.require(self._state).canvas
 
     @property  # type: ignore[misc]
@@ -130,11 +132,14 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
         mask = options.pop("reset_mask", None)
         if mask is not None and not (np.shape(mask) == (self.num_envs,) and np.all(mask)):
             raise ValueError(f"reset_mask must be true for all {self.num_envs} rows: they run in lockstep")
-        requested = mdp.requested_scenes(options, self.num_envs, self.world.size)
-        state = None if requested is None else mdp.start(self.tokenizer, requested)
+        requested = mdp.requested_scenes(options, self.num_envs, self.world.size, self.world.max_prompt_bytes)
+        state = None if requested is None else self._start(requested)
         self._seed(seed)
-        self._state = state or mdp.start(self.tokenizer, [self.world.sample(rng) for rng in self._generators])
+        self._state = state or self._start([self.world.sample(rng) for rng in self._generators])
         return mdp.observe(self._state), mdp.prompt_info(self._state)
+
+    def _start(self, scenes: list[Scene]) -> mdp.State:
+        return mdp.start(self.tokenizer, scenes, self.world.max_prompt_bytes)
 
     def _seed(self, seed: int | Sequence[int | None] | None) -> None:
         """Give a new generator to each row that has a seed or no generator yet."""
@@ -174,7 +179,7 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
 
     def restore_state(self, state: EpisodeState) -> None:
         """Go back to a cloned state. It can be restored any number of times."""
-        check_clone(state, self.num_envs, self.schedule)
+        check_clone(state, self.num_envs, self.tokenizer)
         self._state, self._generators, self._seeds = state.episode, deepcopy(state.generators), list(state.seeds)
 
     def fork(self, k: int) -> VARTextVectorEnv:

@@ -12,6 +12,7 @@ matter: see ``agents/sampling.py``.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,20 +22,30 @@ import torch
 from torch import Tensor, nn
 
 from var_env.schedule import ScaleSchedule
-from var_env.tokenizer import Tokenizer
+from var_env.visual_tokenizer import VisualTokenizer
 
 
 class Policy(nn.Module, ABC):
     """Base class of the backbones. ``B`` batch, ``n_t`` tokens of grid t, ``D`` codes a token, ``V`` vocabulary.
 
     The tokenizer is frozen and shared, and so is kept out of ``parameters()`` and ``state_dict()``.
+
+    Args:
+        precision: of what runs within `autocast`. "bf16" are bf16 matrix products, "fp32" fp32 ones, and "auto" is bf16
+            where the processor has it in hardware. Logits and log-probabilities are fp32 in any case.
+
+    Raises:
+        ValueError: another precision.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: VisualTokenizer, precision: str = "fp32") -> None:
+        if precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"precision must be 'auto', 'bf16' or 'fp32', got {precision!r}")
         super().__init__()
+        self.precision = precision
         object.__setattr__(self, "tokenizer", tokenizer)  # past nn.Module, which would register it
 
-    tokenizer: Tokenizer
+    tokenizer: VisualTokenizer
     config: dict[str, Any]
     lora_targets: Sequence[str] = ()  # linear layers that `add_lora` gives adapters by default
     always_trained: Sequence[str] = ()  # parameters that learn beside the adapters
@@ -46,6 +57,11 @@ class Policy(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def autocast(self) -> torch.autocast:
+        """The context of matrix products in the policy's precision."""
+        on = self.precision == "bf16" or (self.precision == "auto" and has_bf16(self.device.type))
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
 
     # Conditions: a NamedTuple of tensors, batch first ------------------------------------------------------------
 
@@ -115,15 +131,6 @@ class Policy(nn.Module, ABC):
         entropy = -(logp.exp() * logp).sum(-1)
         return logp.gather(-1, chosen.unsqueeze(-1)).squeeze(-1), entropy
 
-    def teacher_features(self, grids: Sequence[Tensor], steps: range, batch: int) -> list[Tensor]:
-        """``tokenizer.read(t, canvas)`` for t = 0 .. max(steps), each ``(B, n_t, C)``, from the grids before t."""
-        canvas = self.tokenizer.blank(batch)
-        features = [self.tokenizer.read(0, canvas)]
-        for t in range(steps[-1]):
-            canvas = self.tokenizer.write(t, canvas, grids[t])
-            features.append(self.tokenizer.read(t + 1, canvas))
-        return features
-
     def diagnostics(self) -> dict[str, float]:
         """Numbers about the weights that are worth a curve, by name; none by default."""
         return {}
@@ -136,5 +143,13 @@ class Policy(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, path: str | Path | None = None, tokenizer: Tokenizer | None = None) -> Policy:
+    def load(cls, path: str | Path | None = None, tokenizer: VisualTokenizer | None = None) -> Policy:
         """Read a file that :meth:`save` wrote, onto the given tokenizer."""
+
+
+@functools.cache
+def has_bf16(device: str) -> bool:
+    """Whether bf16 products run in hardware there."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

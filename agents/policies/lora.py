@@ -66,6 +66,9 @@ def add_lora(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(**own), policy)  # freezes what it finds
+    for weight in policy.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()  # small steps would be lost in bfloat16, which the weights may have
     for name in getattr(policy, "always_trained", ()):
         policy.get_parameter(name).requires_grad_(True)
     if isinstance(policy, Policy):

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
 from var_env.scenes import MAX_PROMPT_BYTES, encode_prompt
-from var_env.tokenizer import Tokenizer, load_config_and_weights, load_weights, save_module
+from var_env.tokenizer import load_tokenizer
+from var_env.visual_tokenizer import VisualTokenizer
+from var_env.weights import load_config_and_weights, load_weights, save_module
 
 START = 1  # the byte value of the start-of-text token; 0 pads
 MAX_WORDS, MAX_PLACE = 8, 16
@@ -51,14 +53,22 @@ class Cache(NamedTuple):
     filled: int  # image tokens so far
 
 
+ATTENTION = ("earlier_scales", "own_scale")
+
+
 class VARTextPolicy(Policy):
     """A block-causal transformer over the token grids of a tokenizer, with a byte-level prompt.
+
+    The codes of a token are predicted independently of each other, given the state, as Infinity does with its bits.
 
     Args:
         tokenizer: gives schedule, vocabulary and the features that are read from the canvas.
         width, layers, heads: the decoder's size; `width` is divisible by `2 * heads`.
-        precision: "bf16" runs the matrix products under autocast, "fp32" does not, "auto" takes bf16 where the
-            processor has it in hardware. Logits and log-probabilities are fp32 in any case.
+        attention: "earlier_scales" lets a token look at its own scale and all before it, as VAR does. "own_scale" is
+            Switti's non-causal variant (arXiv 2412.01819, section 3.2): a token looks at its own scale and the prompt,
+            and knows earlier grids only through the canvas that it reads. Nothing is cached then.
+        prompt_bytes: the longest prompt that it reads, in UTF-8.
+        precision: "auto", "bf16" or "fp32", see `Policy`.
         lora: options of `add_lora`, for a policy with low-rank adapters.
     """
 
@@ -67,29 +77,43 @@ class VARTextPolicy(Policy):
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: VisualTokenizer,
         width: int = 256,
         layers: int = 6,
         heads: int = 4,
+        attention: str = "earlier_scales",
+        prompt_bytes: int = MAX_PROMPT_BYTES,
         precision: str = "auto",
         lora: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(tokenizer)
-        if precision not in ("auto", "bf16", "fp32"):
-            raise ValueError(f"precision must be 'auto', 'bf16' or 'fp32', got {precision!r}")
-        self.config = {"width": width, "layers": layers, "heads": heads, "precision": precision}
-        self.precision, self.heads = precision, heads
-        self.text = TextEncoder(width, heads)
+        super().__init__(tokenizer, precision)
+        if attention not in ATTENTION:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
+        self.config = {
+            "width": width,
+            "layers": layers,
+            "heads": heads,
+            "attention": attention,
+            "prompt_bytes": prompt_bytes,
+            "precision": precision,
+        }
+        self.heads, self.attention = heads, attention
+        self.prompt_bytes = prompt_bytes
+        self.text = TextEncoder(width, heads, prompt_bytes)
         self.embed_features = nn.Linear(tokenizer.channels, width)
-        self.position = nn.Parameter(scale_positions(tokenizer.schedule.grids, width))  # (L, width)
+        schedule = tokenizer.schedule
+        self.position = nn.Parameter(  # (L, width)
+            scale_positions([schedule.canvas] if schedule.is_raster else schedule.grids, width)
+        )
         self.blocks: Sequence[Block] = nn.ModuleList(Block(width, heads) for _ in range(layers))  # type: ignore[assignment]
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, tokenizer.vocab_size)
+        self.head = nn.Linear(width, tokenizer.depth * tokenizer.vocab_size)
         # A second way to the logits, through the codes' own geometry: near codes share what is learned about one.
-        self.to_code = nn.Linear(width, tokenizer.channels)
-        # A temperature for each scale, exp(-SHARPNESS_GAIN * sharpness). Pretraining leaves it at 1. Sampling a little
-        # below 1 reads better; a policy can learn that in one number a scale, or with difficulty in all its weights.
-        self.sharpness = nn.Parameter(torch.zeros(len(tokenizer.schedule)))
+        self.to_code = nn.Linear(width, tokenizer.channels) if hasattr(tokenizer, "codebook") else None
+        # A temperature for each scale, exp(-SHARPNESS_GAIN * sharpness), one for all of a raster. Pretraining leaves it
+        # at 1. Sampling a little below 1 reads better; a policy can learn that in one number a scale, or with
+        # difficulty in all its weights.
+        self.sharpness = nn.Parameter(torch.zeros(1 if schedule.is_raster else len(schedule)))
         for name, weight in self.named_parameters():
             if weight.ndim == 2 and name != "position":
                 depth = 2 * layers if name.endswith(("attention_out.weight", "mlp_out.weight")) else 1
@@ -100,7 +124,7 @@ class VARTextPolicy(Policy):
     # Conditions --------------------------------------------------------------------------------------------------
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
-        rows = [byte_features(prompt) for prompt in prompts]
+        rows = [byte_features(prompt, self.prompt_bytes) for prompt in prompts]
         longest = max(row.shape[1] for row in rows)
         batch = np.stack([np.pad(row, ((0, 0), (0, longest - row.shape[1]))) for row in rows], axis=1)
         return Cond(*torch.from_numpy(batch).to(self.device))  # 3 x (B, P)
@@ -113,7 +137,7 @@ class VARTextPolicy(Policy):
     # The cached path ---------------------------------------------------------------------------------------------
 
     def begin(self, cond: Cond) -> Cache:
-        with self._autocast():
+        with self.autocast():
             text, bias = self.text(cond)  # (B, P, width), (B, 1, 1, P)
             pairs = [block.text_keys_values(text) for block in self.blocks]
         keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))  # (N, B, A, P, E)
@@ -122,15 +146,18 @@ class VARTextPolicy(Policy):
     def step(self, cache: Cache, t: int, features: Tensor, previous: Tensor | None) -> tuple[Tensor, Cache]:
         here = self.schedule.slices[t]
         cache = cache._replace(filled=here.stop)
-        with self._autocast():
+        with self.autocast():
             x = self.embed_features(features)  # (B, n_t, width); bf16 from here on under autocast
             x = x + self.position[here].to(x.dtype)
             for i, block in enumerate(self.blocks):
                 q, k, v = block.queries_keys_values(x)
-                keys, values = cache.keys[i], cache.values[i]  # (B, A, L, E)
-                keys[:, :, here], values[:, :, here] = k, v
                 text = (cache.text_keys[i], cache.text_values[i], cache.text_bias)
-                image = (keys[:, :, : here.stop], values[:, :, : here.stop], None)  # all earlier tokens are seen
+                if self.attention == "own_scale":
+                    image = (k, v, None)
+                else:
+                    keys, values = cache.keys[i], cache.values[i]  # (B, A, L, E)
+                    keys[:, :, here], values[:, :, here] = k, v
+                    image = (keys[:, :, : here.stop], values[:, :, : here.stop], None)  # all earlier tokens are seen
                 x = block.finish(x, attend(q, text, image))
             return self.logits(self.norm(x), range(t, t + 1)), cache
 
@@ -142,9 +169,10 @@ class VARTextPolicy(Policy):
         return Cache(text_keys, text_values, cache.text_bias[index], keys, values, cache.filled)
 
     def _room(self, text_keys: Tensor) -> Tensor:
-        """Uninitialised keys or values for all image tokens, `(N, B, A, L, E)`."""
+        """Uninitialised keys or values for all image tokens that are looked back at, `(N, B, A, L, E)`."""
         layers, batch, heads, _, channels = text_keys.shape
-        return text_keys.new_empty(layers, batch, heads, self.schedule.total_tokens, channels)
+        tokens = 0 if self.attention == "own_scale" else self.schedule.total_tokens
+        return text_keys.new_empty(layers, batch, heads, tokens, channels)
 
     # The teacher-forced path -------------------------------------------------------------------------------------
 
@@ -159,22 +187,26 @@ class VARTextPolicy(Policy):
         return self.logits(self._hidden(cond, features, steps), steps)
 
     def logits(self, hidden: Tensor, steps: range) -> Tensor:
-        with self._autocast():
-            logits = self.head(hidden) + self.to_code(hidden) @ self.tokenizer.codebook.T  # (B, n, V)
+        with self.autocast():
+            logits = self.head(hidden)  # (B, n, D * V)
+            if self.to_code is not None:
+                logits = logits + self.to_code(hidden) @ self.tokenizer.codebook.T
             sizes = torch.tensor([self.schedule.sizes[t] for t in steps], device=hidden.device)
-            scale = (SHARPNESS_GAIN * self.sharpness[steps.start : steps.stop]).exp().repeat_interleave(sizes)  # (n,)
-            return (logits.float() * scale[:, None]).unsqueeze(2)  # D = 1
+            sharpness = self.sharpness if len(self.sharpness) == 1 else self.sharpness[steps.start : steps.stop]
+            scale = (SHARPNESS_GAIN * sharpness).exp().expand(len(steps)).repeat_interleave(sizes)  # (n,)
+            scaled = logits.float() * scale[:, None]
+            return scaled.unflatten(2, (self.tokenizer.depth, self.tokenizer.vocab_size))  # (B, n, D, V)
 
     # Parts -------------------------------------------------------------------------------------------------------
 
     def _features(self, cond: Cond, grids: Sequence[Tensor], steps: range) -> Tensor:
         """Canvas features of all scales up to the last step, `(B, n, C)`."""
-        return torch.cat(self.teacher_features(grids[: steps[-1]], steps, len(cond.bytes)), dim=1)
+        return torch.cat(self.tokenizer.read_all(grids, steps[-1], len(cond.bytes)), dim=1)
 
     def _hidden(self, cond: Cond, features: Tensor, steps: range) -> Tensor:
         """`hidden` from the canvas features of all scales up to the last step, `(B, n, C)`."""
         first, last = self.schedule.slices[steps[0]].start, self.schedule.slices[steps[-1]].stop
-        with self._autocast():
+        with self.autocast():
             text, text_bias = self.text(cond)
             bias = self._scale_bias(last)  # (n, n)
             x = self.embed_features(features)  # (B, n, width)
@@ -189,19 +221,18 @@ class VARTextPolicy(Policy):
         return (-SHARPNESS_GAIN * self.sharpness).exp().tolist()
 
     def diagnostics(self) -> dict[str, float]:
-        """``temperature_4_4x4`` and so on, by number and grid."""
+        """``temperature_4_4x4`` and so on, by number and grid; of a raster, ``temperature``."""
+        if self.schedule.is_raster:
+            return {"temperature": self.temperatures()[0]}
         names = [f"temperature_{t}_{h}x{w}" for t, (h, w) in enumerate(self.schedule.grids, 1)]
         return dict(zip(names, self.temperatures(), strict=True))
 
     def _scale_bias(self, tokens: int) -> Tensor:
-        """0 where a token may look and -inf at later scales, `(tokens, tokens)`."""
+        """0 where a token may look and -inf where not, `(tokens, tokens)`."""
         sizes = torch.tensor(self.schedule.sizes, device=self.device)
         scale = torch.repeat_interleave(torch.arange(len(sizes), device=self.device), sizes)[:tokens]
-        return torch.zeros(tokens, tokens, device=self.device).masked_fill(scale[:, None] < scale, -torch.inf)
-
-    def _autocast(self) -> torch.autocast:
-        on = self.precision == "bf16" or (self.precision == "auto" and has_bf16(self.device.type))
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+        hidden = scale[:, None] != scale if self.attention == "own_scale" else scale[:, None] < scale
+        return torch.zeros(tokens, tokens, device=self.device).masked_fill(hidden, -torch.inf)
 
     # Files -------------------------------------------------------------------------------------------------------
 
@@ -210,11 +241,11 @@ class VARTextPolicy(Policy):
         save_module(self, path, half)
 
     @classmethod
-    def load(cls, path: str | Path | None = None, tokenizer: Tokenizer | None = None) -> VARTextPolicy:
+    def load(cls, path: str | Path | None = None, tokenizer: VisualTokenizer | None = None) -> VARTextPolicy:
         """Read a file that `save` wrote; without a path, the shipped base policy. Default: the shipped tokenizer."""
         with resources.as_file(resources.files("agents.policies") / "assets" / "base.safetensors") as shipped:
             config, weights = load_config_and_weights(path or shipped, "examples/pretrain.py policy")
-        policy = cls(tokenizer or Tokenizer.load(), **config)
+        policy = cls(tokenizer or load_tokenizer(), **config)
         load_weights(policy, weights, path or "the shipped base policy")
         return policy
 
@@ -222,12 +253,12 @@ class VARTextPolicy(Policy):
 class TextEncoder(nn.Module):
     """Bytes with their counted features, then one bidirectional transformer block."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, prompt_bytes: int) -> None:
         super().__init__()
         self.byte = nn.Embedding(256, width)
         self.word = nn.Embedding(MAX_WORDS + 1, width)
         self.place = nn.Embedding(2 * MAX_PLACE + 1, width)
-        self.offset = nn.Embedding(MAX_PROMPT_BYTES + 1, width)
+        self.offset = nn.Embedding(prompt_bytes + 1, width)
         self.block = Block(width, heads, text=False)
         self.norm = nn.LayerNorm(width)
 
@@ -293,9 +324,9 @@ def attend(q: Tensor, *memories: Memory) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def byte_features(prompt: str) -> np.ndarray:
+def byte_features(prompt: str, limit: int = MAX_PROMPT_BYTES) -> np.ndarray:
     """The rows of `Cond` for one prompt: int64 `(3, bytes + 1)`. Raises `ValueError` when it is too long."""
-    data = encode_prompt(prompt)
+    data = encode_prompt(prompt, limit)
     data = data[: len(prompt.encode())]
     rows = np.zeros((3, len(data) + 1), np.int64)
     rows[0, 0], rows[0, 1:] = START, data
@@ -323,11 +354,3 @@ def scale_positions(grids: Sequence[tuple[int, int]], width: int) -> Tensor:
         angles = torch.cat([y.reshape(-1, 1) * frequencies, x.reshape(-1, 1) * frequencies], dim=1)  # (n, width/2)
         rows.append(torch.cat([angles.sin(), angles.cos()], dim=1) + torch.randn(width) * 0.5)
     return torch.cat(rows) * 0.02
-
-
-@functools.cache
-def has_bf16(device: str) -> bool:
-    """Whether bf16 products run in hardware there."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,0 +1,96 @@
+"""Weights on disk: one safetensors file, with the class and the configuration of what they are in its metadata.
+
+Reading a file imports nothing that it names: the class is looked up among those that are known by then.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+ClassT = TypeVar("ClassT", bound=type)
+
+
+def save_module(module: nn.Module, path: str | Path, half: bool = False) -> None:
+    """Write a module's state dict, with its ``config`` in the metadata, to one safetensors file.
+
+    ``half`` stores floating-point weights as bfloat16.
+    """
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
+    if half:
+        weights = {name: w.bfloat16() if w.is_floating_point() else w for name, w in weights.items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, path, metadata={"class": type(module).__name__, "config": json.dumps(module.config)})
+
+
+def load_config_and_weights(path: str | Path, maker: str) -> tuple[dict, dict[str, Tensor]]:
+    """Read a file that :func:`save_module` wrote; floating-point weights come back as float32.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message names the command that makes one.
+        ValueError: the file is not such a file, or it is cut short.
+    """
+    metadata = read_metadata(path, maker)
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads(metadata["config"])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"cannot read weights from {path}, corrupt or not made by {maker}: {error}") from error
+    return config, {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
+
+
+def read_metadata(path: str | Path, maker: str) -> dict[str, str]:
+    """The metadata of a safetensors file, with the errors of `load_config_and_weights`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights at {path}: give the path of a .safetensors file, or make one with {maker}")
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"cannot read weights from {path}, corrupt or not made by {maker}: {error}") from error
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """``load_state_dict`` with one clear error: ``ValueError`` naming the source and what does not fit."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {source} do not fit their own configuration: {error}") from error
+
+
+def saved_class(path: str | Path, base: ClassT, homes: Mapping[str, str], maker: str) -> ClassT:
+    """The class of what a file holds: ``base`` or one derived from it.
+
+    Args:
+        homes: class name to module, for those that are imported when a file asks for them. Classes of other projects
+            are found once their module is imported.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_config_and_weights`; the class is not known.
+    """
+    name: Any = read_metadata(path, maker).get("class", next(iter(homes)))
+    if name in homes:
+        return getattr(importlib.import_module(homes[name]), name)
+    for known in _family(base):
+        if known.__name__ == name:
+            return known  # type: ignore[return-value]
+    raise ValueError(
+        f"{path} holds a {name}, which is not known here: import the module that defines it (--plugin FILE does), or "
+        f"give a file of {', '.join(homes)}"
+    )
+
+
+def _family(base: type) -> Iterator[type]:
+    """A class and all that are derived from it."""
+    yield base
+    children: list[type] = base.__subclasses__()
+    for child in children:
+        yield from _family(child)
