@@ -17,7 +17,11 @@ Every number is the median over --repeats, after one run to warm up. What is mea
   the two differ, the words that were asked for tell who is right.
 - **cached sampling**: all scales of a batch drawn with the cache, prompts encoded once a group as in a rollout, against
   the whole prefix, prompt and canvas included, run again at every scale. That both draw the same codes from the same
-  noise is checked first, in double precision, so that rounding cannot tip a draw.
+  noise is checked first, in double precision, so that rounding cannot tip a draw. Left out for a raster, where it
+  would take hundreds of passes.
+- **share of the device's peak**: the floating-point operations of cached sampling, of a teacher-forced forward pass and
+  of one with its backward pass, over what a large matrix product does in the same time and number format here.
+  Operations are those of matrix products, convolutions and fused attention; that of the CPU is not counted.
 - **overlapping OCR with sampling**: a rollout whose pictures are read by two processes, in 2 or 4 parts of which one is
   read while the next is drawn, against the same in one piece. On as many cores as sampling uses already there is
   nothing to gain; it is for a GPU that draws while CPUs read.
@@ -39,6 +43,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -50,9 +55,11 @@ from unittest.mock import patch
 import numpy as np
 import rapidocr
 import torch
-from common import SPLIT, add_model_options, clear_errors, load_policy, make_env, make_parser, table, write_json
+from common import add_model_options, clear_errors, load_policy, make_env, make_parser, table, write_json
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from agents import GRPO, VMR, Decoding, held_out_scenes
@@ -62,9 +69,10 @@ from agents.sampling import draw
 from rewards import HasWords, OCRReward, Reward, RewardOutput
 from rewards.pool import RewardPool
 from rewards.text_metrics import word_accuracy
-from var_env import Tokenizer, VARTextVectorEnv
+from var_env import VARTextVectorEnv
 from var_env.scenes import render
 
+CPU = torch.device("cpu")
 PHASES = ("sampling", "decode", "reward", "update")
 AgentT = TypeVar("AgentT", bound=GRPO)
 
@@ -120,7 +128,8 @@ class Bench:
         base = self.envs
         envs = VARTextVectorEnv(self.images, world=base.world, tokenizer=base.tokenizer, reward=FreeReward())
         rng = np.random.default_rng(0)
-        grids = [rng.integers(base.tokenizer.vocab_size, size=(self.images, n)) for n in base.schedule.sizes]
+        codes, depth = base.tokenizer.vocab_size, base.tokenizer.depth
+        grids = [rng.integers(codes, size=(self.images, n, depth)) for n in base.schedule.sizes]
 
         def episode() -> None:
             envs.reset(options={"scenes": self.scenes})
@@ -137,10 +146,11 @@ class Bench:
             collect(self.policy, self.envs, self.group_size, Decoding(), generator, seed=0)
 
         def own_share() -> float:
+            device = self.policy.device
             with (
-                stopwatch(VARTextVectorEnv, "reset", "step", "fork") as inside,
-                stopwatch(Tokenizer, "blank", "write", "decode") as tokenizer,
-                stopwatch(TimedReward, "__call__") as reward,
+                stopwatch(VARTextVectorEnv, "reset", "step", "fork", device=device) as inside,
+                stopwatch(type(self.envs.tokenizer), "blank", "write", "decode", device=device) as tokenizer,
+                stopwatch(TimedReward, "__call__", device=device) as reward,
             ):
                 total = self.clock(roll)
             return (inside[0] - tokenizer[0] - reward[0]) / total
@@ -155,7 +165,7 @@ class Bench:
     # Iterations ------------------------------------------------------------------------------------------------------
 
     def iteration(self) -> list[Measured]:
-        grpo, vmr = self.agent(GRPO), self.agent(VMR, split=SPLIT, suffix_samples=2)
+        grpo, vmr = self.agent(GRPO), self.agent(VMR, split="half", suffix_samples=2)
         seen: dict[GRPO, list[list[float]]] = {grpo: [], vmr: []}
         for _ in tqdm(range(self.repeats + 1), "iterations", leave=False):
             for agent, times in seen.items():  # in turns, so that a busy moment meets both
@@ -199,7 +209,7 @@ class Bench:
     def prefix_work(self, vmr: VMR) -> np.ndarray:
         """What a prefix iteration of VMR does in each of `PHASES`, as a multiple of a GRPO iteration's."""
         schedule, k = vmr.policy.schedule, vmr.suffix_samples
-        prefix, whole = sum(schedule.sizes[: vmr.split]), schedule.total_tokens
+        prefix, whole = sum(schedule.sizes[: vmr.m]), schedule.total_tokens
         prompt = max(len(scene.prompt.encode()) + 1 for scene in self.scenes)  # the batch is padded to it
         return np.array([(prefix + k * (whole - prefix)) / whole, k, k, (prompt + prefix) / (prompt + whole)])
 
@@ -254,10 +264,12 @@ class Bench:
     # The cache -------------------------------------------------------------------------------------------------------
 
     def cache(self) -> list[Measured]:
+        if self.policy.schedule.is_raster:
+            return []
         prompts = [scene.prompt for scene in self.scenes[: self.images // self.group_size]]
         exact = copy.deepcopy(self.policy).double()
         exact.tokenizer.double()
-        exact.precision = "fp32"  # type: ignore[assignment] # no autocast
+        exact.precision = "fp32"  # no autocast
         torch.set_default_dtype(torch.float64)
         try:
             pairs = zip(self.sample(exact, prompts, True), self.sample(exact, prompts, False), strict=True)
@@ -292,6 +304,67 @@ class Bench:
             grids.append(draw(logits, None, Decoding(), generator).tokens)
         return grids
 
+    # The device ------------------------------------------------------------------------------------------------------
+
+    def utilisation(self) -> list[Measured]:
+        prompts = [scene.prompt for scene in self.scenes[: self.images // self.group_size]]
+        index = torch.arange(len(prompts), device=self.policy.device).repeat_interleave(self.group_size)
+        grids, steps = self.sample(self.policy, prompts, True), range(len(self.policy.schedule))
+
+        def forward() -> Tensor:
+            cond = self.policy.take(self.policy.encode_prompts(prompts), index)
+            return self.policy.evaluate(cond, grids, steps)[0]
+
+        def learn() -> None:
+            forward().mean().backward()
+            self.policy.zero_grad()
+
+        works: dict[str, Callable[[], Any]] = {
+            "cached sampling": lambda: self.sample(self.policy, prompts, True),
+            "forward pass": torch.no_grad()(forward),
+            "forward and backward pass": learn,
+        }
+        with Formats() as formats:
+            works["forward pass"]()
+        ((dtype, _),) = formats.count.most_common(1)
+        peak = self.peak(dtype)
+        found = [Measured(f"peak of the device in {str(dtype).removeprefix('torch.')}", peak / 1e12, "TFLOP/s")]
+        for name, work in works.items():
+            flop, seconds = operations(work), self.seconds(name, work)
+            found += [
+                Measured(f"{name}, an image", flop / self.images / 1e9, "GFLOP"),
+                Measured(f"{name}, images/s", self.images / seconds, "1/s"),
+                Measured(f"{name}, share of the device's peak", 100 * flop / seconds / peak, "%"),
+            ]
+        return found
+
+    def peak(self, dtype: torch.dtype) -> float:
+        """Floating-point operations a second in the product of two large matrices."""
+        side, times = (8192, 10) if self.policy.device.type == "cuda" else (1024, 3)
+        matrix = torch.randn(side, side, device=self.policy.device).to(dtype)
+        seconds = self.seconds("peak", lambda: [matrix @ matrix for _ in range(times)])
+        return times * 2 * side**3 / seconds
+
+
+class Formats(TorchDispatchMode):
+    """Counts the weights of matrix products inside the ``with`` block by their number format."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.count[args[-1].dtype] += args[-1].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def operations(work: Callable[[], Any]) -> int:
+    """The floating-point operations of a call."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
 
 def synchronize(device: torch.device) -> None:
     """Wait for the GPU, if it is one."""
@@ -300,16 +373,21 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def stopwatch(owner: type, *names: str) -> Iterator[list[float]]:
-    """The seconds spent in methods of a class inside the ``with`` block, as a list of one number."""
+def stopwatch(owner: type, *names: str, device: torch.device = CPU) -> Iterator[list[float]]:
+    """The seconds spent in methods of a class inside the ``with`` block, as a list of one number.
+
+    What a GPU still had to do before a call does not count, and what the call gives it does.
+    """
     total = [0.0]
 
     def timed(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            synchronize(device)
             start = time.perf_counter()
             try:
                 return method(self, *args, **kwargs)
             finally:
+                synchronize(device)
                 total[0] += time.perf_counter() - start
 
         return call
@@ -344,6 +422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *bench.ocr(),
         *bench.overlap(),
         *bench.cache(),
+        *bench.utilisation(),
     ]
     machine = {
         "device": str(bench.policy.device),

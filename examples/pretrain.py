@@ -1,7 +1,9 @@
 """Train the tokenizer and the base policy of VARText by teacher forcing, from a seed.
 
     python examples/pretrain.py tokenizer            # minutes on two cores
+    python examples/pretrain.py tokenizer --bits 16  # tokens of 16 bits in place of a codebook
     python examples/pretrain.py policy               # hours on two cores, minutes on a GPU
+    python examples/pretrain.py policy --policy qwen # a decoder of the transformers library in its place
     python examples/pretrain.py export               # bf16 copies into the packages, with their cards
 
 Every stage checkpoints into ``--out`` and goes on from there when it is called again. Scenes are drawn from the seed
@@ -16,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,10 +30,19 @@ try:
 except ImportError:  # a borrowed machine may have torch alone
     SummaryWriter = None  # type: ignore[assignment, misc]
 
+from agents.policies import load_policy
+from agents.policies.base import Policy
 from agents.policies.var_text import VARTextPolicy
 from agents.sampling import Decoding, draw
+from var_env.bits import BitTokenizer, bit_entropies
+from var_env.raster import RasterTokenizer
 from var_env.scenes import Scene, World, render
-from var_env.tokenizer import Tokenizer, from_unit, to_unit
+from var_env.schedule import ScaleSchedule
+from var_env.tokenizer import DEFAULT_SCHEDULE, Tokenizer, from_unit, load_tokenizer, to_unit
+from var_env.visual_tokenizer import VisualTokenizer
+
+if TYPE_CHECKING:
+    from agents.policies.qwen import QwenPolicy
 
 
 class SceneStream(torch.utils.data.IterableDataset):
@@ -60,13 +71,20 @@ def ink_weight(images: Tensor, scenes: list[Scene], weight: float) -> Tensor:
 class EmaCodebook:
     """The codebook as a running mean of the vectors that each code won; codes that win nothing are set anew."""
 
-    def __init__(self, codebook: Tensor, decay: float = 0.99) -> None:
-        self.codebook, self.decay = codebook, decay
-        self.count = torch.ones(len(codebook), device=codebook.device)
-        self.total = codebook.clone()
+    def __init__(self, tokenizer: Tokenizer, decay: float = 0.99) -> None:
+        self.tokenizer, self.codebook, self.decay = tokenizer, tokenizer.codebook, decay
+        self.count = torch.ones(len(self.codebook), device=self.codebook.device)
+        self.total = self.codebook.clone()
+        self.tensors = {"count": self.count, "total": self.total}
 
+    def penalty(self, vectors: Tensor) -> Tensor:
+        """Nothing: the codes follow the vectors by themselves."""
+        return vectors.new_zeros(())
+
+    @torch.no_grad()
     def update(self, vectors: Tensor, codes: Tensor) -> None:
-        """`vectors` ``(N, C)`` and the codes they fell on ``(N,)``."""
+        """`vectors` ``(N, C)`` and the codes they fell on ``(N, 1)``."""
+        codes = codes.squeeze(1)
         self.count.lerp_(torch.bincount(codes, minlength=len(self.codebook)).float(), 1 - self.decay)
         total = torch.zeros_like(self.total).index_add_(0, codes, vectors)
         self.total.lerp_(total, 1 - self.decay)
@@ -75,15 +93,59 @@ class EmaCodebook:
         self.count[dead], self.total[dead] = 1.0, fresh
         self.codebook.copy_(self.total / self.count.unsqueeze(1))
 
+    @torch.no_grad()
+    def start(self, features: Tensor) -> None:
+        """Codes drawn from the residuals of every scale of one batch, each scale quantised by its own mean colour."""
+        tokenizer, samples, residual = self.tokenizer, [], features
+        for t in range(len(tokenizer.schedule)):
+            vector = tokenizer.read(t, residual)
+            samples.append(vector.flatten(0, 1))
+            residual = residual - tokenizer.spread(t, vector)
+        share = tokenizer.vocab_size // len(samples)
+        picks = [s[torch.randint(len(s), (share,))] for s in samples[:-1]]
+        rest = tokenizer.vocab_size - share * len(picks)
+        picks.append(samples[-1][torch.randint(len(samples[-1]), (rest,))])
+        self.codebook.copy_(torch.cat(picks))
+        self.total.copy_(self.codebook)
+        self.count.fill_(1.0)
+
+    def report(self) -> dict[str, Tensor]:
+        return {"used_codes": (self.count > 0.1).sum()}
+
+
+class BitUse:
+    """What bits need in place of a codebook: to be used. The entropy regularisation of BSQ."""
+
+    def __init__(self, weight: float = 0.1, sharpness: float = 10.0) -> None:
+        self.weight, self.sharpness = weight, sharpness
+        self.tensors: dict[str, Tensor] = {}
+        self.used = torch.zeros(())
+
+    def start(self, features: Tensor) -> None:
+        """There is nothing to initialise."""
+
+    def penalty(self, vectors: Tensor) -> Tensor:
+        """Of vectors ``(N, D)``: each bit decided, and both of its values equally likely."""
+        undecided, used = bit_entropies(vectors, self.sharpness)
+        return self.weight * (undecided - used)
+
+    def update(self, vectors: Tensor, codes: Tensor) -> None:
+        """`codes` ``(N, D)``: how many bits of information they hold, taken one by one."""
+        ones = codes.float().mean(0)
+        self.used = (torch.special.entr(ones) + torch.special.entr(1 - ones)).sum() / math.log(2)
+
+    def report(self) -> dict[str, Tensor]:
+        return {"used_bits": self.used}
+
 
 def train_tokenizer(args: argparse.Namespace) -> None:
-    """A plain autoencoder first, then quantised, with the codebook initialised from the data."""
+    """A plain autoencoder first, then quantised, with a codebook initialised from the data."""
     torch.manual_seed(args.seed)
-    tokenizer = Tokenizer().to(args.device)
+    tokenizer = new_tokenizer(args).to(args.device)
     optimizer = torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
     run = Run(args, "tokenizer", tokenizer, optimizer)
-    book = EmaCodebook(tokenizer.codebook)
-    run.extra = {"count": book.count, "total": book.total}
+    book = EmaCodebook(tokenizer) if isinstance(tokenizer, Tokenizer) else BitUse()
+    run.extra = book.tensors
     run.resume()
     warm_up = args.tokenizer_steps // 6  # steps as a plain autoencoder
     for step, (scenes, images) in run.steps(args.tokenizer_steps, args.tokenizer_lr, cosine):
@@ -92,21 +154,22 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         with torch.autocast(args.device, dtype=torch.bfloat16):
             features = tokenizer.features(x)
         features = features.float()
-        canvas, residual = tokenizer.blank(len(x)), features.detach()
-        vectors, codes = [], []
+        canvas, residual = tokenizer.blank(len(x)), features
+        vectors, codes, penalty = [], [], torch.zeros((), device=args.device)
         if step >= warm_up:
             for t in range(len(tokenizer.schedule)):
                 vector = tokenizer.read(t, residual)  # (B, n_t, C)
                 if step == warm_up and t == 0:
-                    start_codebook(tokenizer, book, residual)
+                    book.start(residual)
                 grid = tokenizer.nearest(vector)
                 vectors.append(vector.flatten(0, 1))
-                codes.append(grid.flatten())
+                codes.append(grid.flatten(0, 1))
                 part = tokenizer.contribution(t, grid)
                 canvas, residual = canvas + part, residual - part.detach()
             commitment = F.mse_loss(features, canvas.detach())
             smoothing = F.mse_loss(canvas, features.detach())  # trains phi
             quantised = features + (canvas - features).detach()
+            penalty = book.penalty(torch.cat(vectors))
         else:
             commitment = features.square().mean() * 0.01  # keeps the features' size bounded before there is a codebook
             smoothing = torch.zeros((), device=args.device)
@@ -115,66 +178,67 @@ def train_tokenizer(args: argparse.Namespace) -> None:
             picture = tokenizer.decoder(quantised)
         weight = ink_weight(images, scenes, 5.0)
         error = (weight * (picture.float() - x).square()).mean() / weight.mean()
-        (error + 0.25 * commitment + smoothing).backward()
+        (error + 0.25 * commitment + smoothing + penalty).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step >= warm_up:
             book.update(torch.cat(vectors), torch.cat(codes))
-        run.log(step, error=error, commitment=commitment, smoothing=smoothing, used_codes=(book.count > 0.1).sum())
+        run.log(step, error=error, commitment=commitment, smoothing=smoothing, **book.report())
         if run.is_time_for_pictures(step):
             run.picture(step, torch.cat([images[:8], from_unit(picture.detach())[:8]]))
-    tokenizer.save(args.out / "tokenizer.safetensors")
+    steps_of(tokenizer, args).save(args.out / "tokenizer.safetensors")
 
 
-def start_codebook(tokenizer: Tokenizer, book: EmaCodebook, features: Tensor) -> None:
-    """Codes drawn from the residuals of every scale of one batch, each scale quantised by its own mean colour."""
-    samples, residual = [], features
-    for t in range(len(tokenizer.schedule)):
-        vector = tokenizer.read(t, residual)
-        samples.append(vector.flatten(0, 1))
-        residual = residual - tokenizer.spread(t, vector).detach()
-    share = tokenizer.vocab_size // len(samples)
-    picks = [s[torch.randint(len(s), (share,))] for s in samples[:-1]]
-    rest = tokenizer.vocab_size - share * len(picks)
-    picks.append(samples[-1][torch.randint(len(samples[-1]), (rest,))])
-    tokenizer.codebook.copy_(torch.cat(picks))
-    book.total.copy_(tokenizer.codebook)
-    book.count.fill_(1.0)
+def new_tokenizer(args: argparse.Namespace) -> Tokenizer | BitTokenizer:
+    """Random weights; for a raster, one scale of as many tokens as the finest scale has."""
+    schedule = DEFAULT_SCHEDULE
+    if args.bits:
+        return BitTokenizer(schedule, args.bits)
+    if args.schedule == "raster":
+        schedule = ScaleSchedule([DEFAULT_SCHEDULE.canvas], DEFAULT_SCHEDULE.patch)
+    return Tokenizer(schedule, args.vocab_size)
+
+
+def steps_of(tokenizer: Tokenizer | BitTokenizer, args: argparse.Namespace) -> VisualTokenizer:
+    """What the environment takes: scales are steps, or the tokens of the only one."""
+    return RasterTokenizer(tokenizer) if isinstance(tokenizer, Tokenizer) and args.schedule == "raster" else tokenizer
 
 
 def train_policy(args: argparse.Namespace) -> None:
     """Teacher forcing on the tokenizer's grids, a few of the written codes swapped, the prompt dropped at times."""
     torch.manual_seed(args.seed)
-    tokenizer = Tokenizer.load(args.out / "tokenizer.safetensors").to(args.device)
-    policy = VARTextPolicy(tokenizer, args.width, args.layers, args.heads).to(args.device)
+    tokenizer: Any = load_tokenizer(args.out / "tokenizer.safetensors").to(args.device)  # one of train_tokenizer's
+    policy = new_policy(args, tokenizer).to(args.device)
     optimizer = torch.optim.AdamW(decay_groups(policy), betas=(0.9, 0.95), fused=True)
     run = Run(args, "policy", policy, optimizer)
     run.resume()
     forward = torch.compile(policy.from_features) if args.compile else policy.from_features
     schedule, steps = tokenizer.schedule, range(len(tokenizer.schedule))
+    bands = [(name, sum(schedule.sizes[t] for t in band)) for name, band in schedule.bands]
     for step, (scenes, images) in run.steps(args.policy_steps, args.policy_lr, plateau):
         generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
         with torch.no_grad(), torch.autocast(args.device, dtype=torch.bfloat16):
             encoded = tokenizer.features(to_unit(images.to(args.device))).float()
         written, labels = tokenizer.quantise(encoded, args.swap, generator)
-        cond = policy.encode_prompts([scene.prompt for scene in scenes])
+        cond: Any = policy.encode_prompts([scene.prompt for scene in scenes])
         dropped = torch.rand(len(scenes), 1, generator=generator, device=args.device) < args.drop_prompt
         cond = type(cond)(
             *(torch.where(dropped, null, part) for null, part in zip(policy.null_cond(cond), cond, strict=True))
         )
-        features = torch.cat(policy.teacher_features(written, steps, len(scenes)), dim=1)
-        logits = forward(cond, features, steps)  # (B, L, 1, V)
+        features = torch.cat(tokenizer.read_all(written, steps[-1], len(scenes)), dim=1)
+        logits = forward(cond, features, steps)  # (B, L, D, V)
         loss = F.cross_entropy(logits.flatten(0, 2), torch.cat(labels, dim=1).flatten(), reduction="none")
+        loss = loss.view(len(scenes), schedule.total_tokens, -1).sum(2)  # (B, L), nats a token
         loss.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        per_scale = loss.detach().view(len(scenes), -1).mean(0).split(schedule.sizes)
+        per_band = loss.detach().mean(0).split([tokens for _, tokens in bands])
         run.log(
             step,
             loss=loss.mean(),
             gradient_norm=norm,
-            **{f"scale/{h}x{w}": part.mean() for (h, w), part in zip(schedule.grids, per_scale, strict=True)},
+            **{f"scale/{name}": part.mean() for (name, _), part in zip(bands, per_band, strict=True)},
         )
         if run.is_time_for_pictures(step):
             held_out = World(split="val")
@@ -183,8 +247,17 @@ def train_policy(args: argparse.Namespace) -> None:
     policy.save(args.out / "policy.safetensors")
 
 
+def new_policy(args: argparse.Namespace, tokenizer: VisualTokenizer) -> VARTextPolicy | QwenPolicy:
+    """Random weights."""
+    if args.policy == "qwen":
+        from agents.policies.qwen import QwenPolicy
+
+        return QwenPolicy.small(tokenizer, args.width, args.layers, args.heads)
+    return VARTextPolicy(tokenizer, args.width, args.layers, args.heads)
+
+
 @torch.no_grad()
-def sample_images(policy: VARTextPolicy, prompts: list[str], generator: torch.Generator) -> Tensor:
+def sample_images(policy: Policy, prompts: list[str], generator: torch.Generator) -> Tensor:
     """One picture a prompt, uint8 ``(B, S, S, 3)``, drawn from the policy's own distribution."""
     tokenizer = policy.tokenizer
     cache, canvas, grid = policy.begin(policy.encode_prompts(prompts)), tokenizer.blank(len(prompts)), None
@@ -206,9 +279,10 @@ def plateau(step: int, total: int) -> float:
     return min(1.0, step / 64) * min(1.0, 0.02 + 0.98 * (1 - step / total) / 0.15)
 
 
-def decay_groups(policy: VARTextPolicy) -> list[dict]:
+def decay_groups(policy: Policy) -> list[dict]:
     """Weight decay for the matrices and none for biases, norms and embeddings. The temperatures are not trained."""
-    matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and "text.byte" not in name]
+    embeddings = ("text.byte.weight", "model.decoder.embed_tokens.weight")
+    matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and name not in embeddings]
     chosen = {id(p) for p in matrices}
     others = [p for name, p in policy.named_parameters() if id(p) not in chosen and name != "sharpness"]
     return [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -293,18 +367,32 @@ class Run:
 
 def export(args: argparse.Namespace) -> None:
     """Copy the trained weights into the packages, in bf16: half the size, and OCR sees no difference."""
-    tokenizer = Tokenizer.load(args.out / "tokenizer.safetensors")
-    policy = VARTextPolicy.load(args.out / "policy.safetensors", tokenizer)
-    root = Path(__file__).parents[1]
-    tokenizer.save(root / "var_env/assets/tokenizer.safetensors", half=True)
-    policy.save(root / "agents/policies/assets/base.safetensors", half=True)
-    print("wrote var_env/assets/tokenizer.safetensors and agents/policies/assets/base.safetensors")
-    print("check them with: python examples/evaluate.py --gates")
+    tokenizer = load_tokenizer(args.out / "tokenizer.safetensors")
+    if not isinstance(tokenizer, Tokenizer | RasterTokenizer):
+        raise SystemExit(f"the packages have no place for a {type(tokenizer).__name__}: use its file where it is")
+    policy = load_policy(args.out / "policy.safetensors", tokenizer)
+    if not isinstance(policy, VARTextPolicy):
+        raise SystemExit(f"the packages have no place for a {type(policy).__name__}: use its file where it is")
+    names = {"scales": ("tokenizer", "base"), "raster": ("raster_tokenizer", "raster")}[args.schedule]
+    root, shipped = Path(__file__).parents[1], f"var_env/assets/{names[0]}.safetensors"
+    weights = f"agents/policies/assets/{names[1]}.safetensors"
+    tokenizer.save(root / shipped, half=True)
+    policy.save(root / weights, half=True)
+    print(f"wrote {shipped} and {weights}")
+    print(f"check them with: python examples/evaluate.py --gates --tokenizer {shipped} --policy {weights}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("tokenizer", "policy", "export"))
+    parser.add_argument(
+        "--schedule",
+        choices=("scales", "raster"),
+        default="scales",
+        help="scales: coarse to fine, as VAR. raster: the finest scale alone, token by token, as plain autoregression",
+    )
+    parser.add_argument("--vocab-size", type=int, default=512, help="codes of the tokenizer (%(default)s)")
+    parser.add_argument("--bits", type=int, help="bits of a token, in place of a codebook (var_env/bits.py)")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="checkpoints and logs (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -314,6 +402,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokenizer-lr", type=float, default=1e-3)
     parser.add_argument("--policy-steps", type=int, default=2235)
     parser.add_argument("--policy-lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--policy",
+        choices=("var_text", "qwen"),
+        default="var_text",
+        help="the backbone: ours, or a Qwen2 decoder that reads the prompt's bytes (default: %(default)s)",
+    )
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=3)
@@ -323,7 +417,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--picture-every", type=int, default=500)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.bits is not None and (args.bits < 1 or args.schedule == "raster"):
+        parser.error(f"--bits takes a number of at least 1 and --schedule scales, got {args.bits}, {args.schedule}")
+    return args
 
 
 if __name__ == "__main__":

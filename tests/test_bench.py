@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import torch
 from test_examples import module, run, weights
 
 __all__ = ["module", "weights"]  # fixtures
@@ -27,6 +28,13 @@ def test_numbers(weights, tmp_path):
         "VMR prefix iteration, against its token counts",
     }
     assert printed.count("PASS") + printed.count("FAIL") == 6
+    peak = [value for name, value in values.items() if name.startswith("peak of the device in ")]
+    assert len(peak) == 1
+    forward, both = (values[f"{name}, an image"] for name in ("forward pass", "forward and backward pass"))
+    assert 2.5 < both / forward <= 3, "every product has two more in the backward pass, but for the first ones"
+    for name in ("cached sampling", "forward pass", "forward and backward pass"):
+        rate = values[f"{name}, an image"] * values[f"{name}, images/s"] / 1000  # TFLOP/s
+        assert values[f"{name}, share of the device's peak"] == pytest.approx(100 * rate / peak[0])
     assert written["machine"]["images"] == 4 and written["machine"]["device"] == "cpu"
 
 
@@ -48,3 +56,11 @@ def test_stopwatch_adds_up_and_leaves_no_trace(module):
         Sleeper().nap(0.03)
     assert 0.05 <= total[0] < 0.5
     assert Sleeper.nap is before
+
+
+def test_operations_and_number_formats(module):
+    bench, a, b = module("bench"), torch.ones(3, 4), torch.ones(4, 5)
+    assert bench.operations(lambda: a @ b) == 2 * 3 * 4 * 5
+    with bench.Formats() as formats, torch.autocast("cpu", torch.bfloat16):
+        torch.nn.functional.linear(a, b.T, torch.ones(5))
+    assert formats.count == {torch.bfloat16: 20}

@@ -27,7 +27,7 @@ def pretrain(stage, out, *options):
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain")
     assert "used_codes" in pretrain("tokenizer", folder)
-    assert "scale/8x8" in pretrain("policy", folder)
+    assert "scale/6_8x8" in pretrain("policy", folder)
     return folder
 
 
