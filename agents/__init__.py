@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from agents.rloo import RLOO
     from agents.sampling import Decoding
     from agents.stage import EntropyReward, SimilarityAdvantage, SimilarityKL
+    from agents.tree import TreeGRPO
     from agents.vmr import VMR
     from agents.wrapper import Wrapper
 
@@ -49,6 +50,7 @@ _HOMES = {  # imported when first asked for: torch and Stable-Baselines3 take se
     "EntropyReward": "stage",
     "SimilarityAdvantage": "stage",
     "SimilarityKL": "stage",
+    "TreeGRPO": "tree",
     "Wrapper": "wrapper",
     "load": "checkpoint",
     "make": "registry",
@@ -73,6 +75,7 @@ __all__ = [
     "SimilarityAdvantage",
     "SimilarityKL",
     "StopAfter",
+    "TreeGRPO",
     "Wrapper",
     "bootstrap_interval",
     "evaluate",

@@ -98,7 +98,7 @@ VARIANTS: dict[str, Variant] = {  # algorithms that are options of another
     ),
 }
 # Modules whose import registers.
-HOMES = ("grpo", "reinforce", "rloo", "raft", "best_of_n", "ppo", "vmr", "panw", "mask_propagation", "stage")
+HOMES = ("grpo", "reinforce", "rloo", "raft", "best_of_n", "ppo", "vmr", "tree", "panw", "mask_propagation", "stage")
 
 
 def register(name: str) -> Callable[[U], U]:
