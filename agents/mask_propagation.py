@@ -23,6 +23,7 @@ from agents.wrapper import Wrapper
 from var_env.schedule import ScaleSchedule
 
 SOURCES = ("read", "layout")
+COMBINATIONS = ("union", "intersection", "mean")
 Boxes = np.ndarray | Tensor | Sequence[Sequence[float]]
 
 
@@ -31,7 +32,7 @@ def visible_boxes(boxes: Boxes, schedule: ScaleSchedule, dilation: int = 0) -> T
 
     ``(n, 4)`` to float32 ``(n', 4)``.
     """
-    h, w = schedule.grids[-1]
+    h, w = schedule.canvas
     size = torch.tensor([w, h], dtype=torch.float32) * schedule.patch  # of the picture, in pixels
     corners = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 2, 2)  # (n, 2, xy)
     corners = corners + torch.tensor([[-dilation], [dilation]])
@@ -49,7 +50,7 @@ def boxes_to_mask(boxes: Boxes, schedule: ScaleSchedule, soft: bool = False, dil
     All is on when no box overlaps the picture: there is none, or they have no area, or they lie outside. Pictures in
     which nothing can be read are the worst ones, and with an empty mask they would teach nothing.
     """
-    h, w = schedule.grids[-1]
+    h, w = schedule.canvas
     p = schedule.patch
     cell = 1 if soft else p  # px
     seen = visible_boxes(boxes, schedule, dilation)
@@ -69,12 +70,15 @@ def propagate_mask(finest: Tensor, schedule: ScaleSchedule) -> list[Tensor]:
     Step by step from finer to coarser (Figure 4). Cell i of a side of h cells spans ``i / h`` to ``(i + 1) / h``,
     whether or not the grids nest. A bool mask is on in a coarser cell when any finer cell that it overlaps is on. A
     float mask is the mean over the finer cells, weighted by the overlap: the share of the coarser cell that is covered.
+    A raster schedule has nothing coarser: grid t is the t-th cell of the picture, and has its mask.
     """
-    height, width = schedule.grids[-1]
+    height, width = schedule.canvas
     if finest.shape[1:] != (height, width) or not (finest.dtype == torch.bool or finest.is_floating_point()):
         raise ValueError(
             f"the finest mask must be bool or float (B, {height}, {width}), got {finest.dtype} {tuple(finest.shape)}"
         )
+    if schedule.is_raster:
+        return [cell.view(-1, 1, 1) for cell in finest.flatten(1).unbind(1)]
     masks = [finest]
     for (h, w), (finer_h, finer_w) in zip(schedule.grids[-2::-1], schedule.grids[:0:-1], strict=True):
         rows, columns = (overlap(*sides).to(finest.device) for sides in ((h, finer_h), (w, finer_w)))
@@ -96,9 +100,16 @@ def overlap(coarse: int, fine: int) -> Tensor:
 class MaskPropagation(Wrapper):
     """Gates the policy term by the propagated mask of what the reward looked at.
 
-    That is each row's text. The KL term stays as it is. A row with K pictures, such as a prefix of VMR, has the union
-    of their masks, since each of them tells what became of the row. Where nothing was read in one of them,
-    `boxes_to_mask` makes all tokens count, and so does the union.
+    That is each row's text. The KL term stays as it is. A row with K pictures, such as a prefix of VMR, has K masks
+    and one advantage. By default it has their union, since each of them tells what became of the row. Where nothing was
+    read in one of them, `boxes_to_mask` makes all tokens count, and so does the union: it grows with K, and one
+    unreadable picture in K undoes it.
+
+    The alternatives keep a token where all K pictures were looked at ("intersection"), or let every picture gate its
+    own K-th of the row's advantage ("mean"): a token then weighs the share of the K pictures that were looked at there.
+    They propagate each picture's mask to all scales before they combine: the finest masks of K pictures may have
+    nothing in common where the coarser tokens that they come from do. An intersection can leave a row no token at a
+    scale.
 
     With GRPO's ``ratio_level="token"`` no policy gradient reaches a masked token. At the other levels a kept token's
     ratio is a mean over its grid or row, masked tokens included, and through it some does.
@@ -114,16 +125,26 @@ class MaskPropagation(Wrapper):
             scene made from a prompt alone has no layout, and all of its tokens count.
         soft: weigh tokens by the share of their cell that is covered.
         dilation: pixels by which a box grows on every side.
+        suffix_masks: how the masks of a row's K pictures become one: "union", "intersection" or "mean".
 
     Raises:
-        ValueError: other ``boxes``, or a negative ``dilation``.
+        ValueError: other ``boxes`` or ``suffix_masks``, or a negative ``dilation``.
     """
 
-    def __init__(self, agent: GRPO | Wrapper, *, boxes: str = "read", soft: bool = False, dilation: int = 0) -> None:
+    def __init__(
+        self,
+        agent: GRPO | Wrapper,
+        *,
+        boxes: str = "read",
+        soft: bool = False,
+        dilation: int = 0,
+        suffix_masks: str = "union",
+    ) -> None:
         require_choice(SOURCES, boxes=boxes)
         require_at_least(0, dilation=dilation)
+        require_choice(COMBINATIONS, suffix_masks=suffix_masks)
         super().__init__(agent)
-        self.boxes, self.soft, self.dilation = boxes, soft, dilation
+        self.boxes, self.soft, self.dilation, self.suffix_masks = boxes, soft, dilation, suffix_masks
 
     def token_weights(self, rollout: Rollout, steps: range) -> TokenWeights:
         weights = self.agent.token_weights(rollout, steps)
@@ -141,15 +162,18 @@ class MaskPropagation(Wrapper):
         schedule = self.unwrapped.policy.schedule
         boxes = [self.boxes_of(rollout, picture) for picture in range(len(rollout.images))]
         finest = torch.stack([boxes_to_mask(found, schedule, self.soft, self.dilation) for found in boxes])
-        union = finest.unflatten(0, (-1, rollout.suffixes)).amax(1)  # over K: (B, H, W)
-        return propagate_mask(union, schedule)
+        rows = (-1, rollout.suffixes)  # K pictures each
+        if self.suffix_masks == "union":
+            return propagate_mask(finest.unflatten(0, rows).amax(1), schedule)
+        masks = [mask.unflatten(0, rows) for mask in propagate_mask(finest, schedule)]  # (B, K, h_t, w_t)
+        return [mask.amin(1) if self.suffix_masks == "intersection" else mask.float().mean(1) for mask in masks]
 
     def record(self, rollout: Rollout, masks: Sequence[Tensor], steps: range) -> None:
         """Log how much of each scale in ``steps`` is kept and, when it is time, a picture of a few rows."""
         agent, rows = self.unwrapped, len(rollout.scenes)
-        for t in steps:
-            name = logs.scale_name(agent.policy.schedule, t)
-            agent.logger.record(f"mask/kept_{name}", masks[t].float().mean().item())
+        kept = [masks[t].float().mean().item() for t in steps]
+        for name, share in logs.by_band(agent.policy.schedule, steps, kept).items():
+            agent.logger.record(f"mask/kept_{name}", share)
         if agent.image_interval and agent.n_updates % agent.image_interval == 0 and logs.shows_pictures(agent.logger):
             shown = range(0, rows, -(-rows // 4))  # at most four, of different prompts if there are as many
             picture = Image(self.sheet(rollout, masks, shown), "HWC")

@@ -15,15 +15,19 @@ Images are what costs: a prefix update decodes P * G * K of them, and a suffix u
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from agents import losses
 from agents.base import require_at_least, require_choice
 from agents.grpo import GRPO
 from agents.registry import register
 from agents.rollout import Rollout
+from agents.split_rule import SplitRule
 
 ALTERNATIONS = ("fine", "coarse")
 
@@ -49,12 +53,26 @@ class VMR(GRPO):
         policy, env: and more keywords, as in `GRPO`.
         split: the middle step m, how many grids the prefix has: a number of grids, or the resolution in pixels at
             which the prefix ends, as ``"m_128"`` or a number larger than T; ``"half"`` is half of the picture's. With
-            ``m = T`` there is no suffix, and this is vanilla GRPO.
+            ``m = T`` there is no suffix, and this is vanilla GRPO. ``"auto"`` looks for m while it learns, below T, by
+            the rule of ``agents/split_rule.py``: where an update gains most, told by the share of the returns' variance
+            that the prefix decides and by the tokens on either side. It needs K and G of at least 2.
         suffix_samples: K, suffixes that estimate the value of a prefix.
         eta: temperature of the soft value, in units of the reward.
+        suffix_kl_coef: so much of each suffix's KL to the reference, the sum of "k1" over its tokens, is taken off its
+            return before eq. 10. The paper has 0, and then a prefix neither pays for what its suffixes do nor, when
+            they are drawn from the trained policy, has the value of eq. 4. With the weight that the KL has in the
+            objective (``kl_coef`` with ``kl_in="reward"``) and a large eta, two stages have the optimum of the full
+            horizon: see docs/theory.md.
         prefix_updates, suffix_updates: so many of the one, then so many of the other.
         alternation: "fine" takes turns as above. "coarse" does all prefix updates of a ``learn()`` and then all suffix
             updates, in the same proportion: the paper's 300 and 100 of 400.
+
+    With ``split="auto"`` it logs ``vmr/split``, the m of the update, and for each m that has been measured
+    ``vmr/decided_m``, the share of the variance that the prefix decides, and ``vmr/worth_m``, which the rule compares.
+
+    Attributes:
+        m: the split of the next update.
+        split_rule: what "auto" has measured, else ``None``.
     """
 
     def __init__(
@@ -65,6 +83,7 @@ class VMR(GRPO):
         split: int | str = "half",
         suffix_samples: int = 2,
         eta: float = 1.0,
+        suffix_kl_coef: float = 0.0,
         prefix_updates: int = 3,
         suffix_updates: int = 1,
         alternation: str = "fine",
@@ -73,19 +92,42 @@ class VMR(GRPO):
         require_at_least(1, suffix_samples=suffix_samples, prefix_updates=prefix_updates, suffix_updates=suffix_updates)
         if not 0 < eta < math.inf:
             raise ValueError(f"eta must be a finite number above 0, got {eta}")
+        if not suffix_kl_coef >= 0:
+            raise ValueError(f"suffix_kl_coef must be at least 0, got {suffix_kl_coef}")
         require_choice(ALTERNATIONS, alternation=alternation)
         super().__init__(policy, env, **grpo)
-        self.split = self.policy.schedule.middle_step(split)
-        if self.split == len(self.policy.schedule) and suffix_samples > 1:
+        schedule = self.policy.schedule
+        self.split: int | str = split if split == "auto" else schedule.middle_step(split)
+        self.split_rule = SplitRule(schedule.sizes) if split == "auto" else None
+        if self.split == "auto" and (suffix_samples < 2 or self.group_size < 2 or alternation != "fine"):
+            raise ValueError(
+                "split='auto' compares the suffixes of a prefix, and moves between prefix and suffix updates: it needs "
+                "suffix_samples and group_size of at least 2 and alternation='fine', got "
+                f"{suffix_samples}, {self.group_size} and {alternation!r}"
+            )
+        if self.split == len(schedule) and suffix_samples > 1:
             raise ValueError(
                 f"split={split!r} leaves no suffix to sample {suffix_samples} times: choose an earlier split, or "
                 "suffix_samples=1 for vanilla GRPO"
             )
         self.suffix_samples, self.eta, self.alternation = suffix_samples, eta, alternation
+        self.suffix_kl_coef = suffix_kl_coef
         self.prefix_updates, self.suffix_updates = prefix_updates, suffix_updates
 
     def __str__(self) -> str:
         return f"VMR(split={self.split}, suffix_samples={self.suffix_samples}, eta={self.eta})"
+
+    @property
+    def m(self) -> int:
+        if isinstance(self.split, int):
+            return self.split
+        assert self.split_rule is not None
+        return self.split_rule.choose(self.stage == "prefix", *self._cycle)
+
+    @property
+    def _cycle(self) -> tuple[int, int, int]:
+        """K, and the updates of a cycle."""
+        return self.suffix_samples, self.prefix_updates, self.suffix_updates
 
     @property
     def stage(self) -> str:
@@ -95,38 +137,69 @@ class VMR(GRPO):
         if self.alternation == "fine":
             turn = self.n_updates % (self.prefix_updates + self.suffix_updates)
             return "prefix" if turn < self.prefix_updates else "suffix"
-        prefix = self.prefix_updates * self._rollout_steps("prefix")
-        suffix = self.suffix_updates * self._rollout_steps("suffix")
+        prefix = self.prefix_updates * self._rollout_steps("prefix", self.m)
+        suffix = self.suffix_updates * self._rollout_steps("suffix", self.m)
         done = 1 - self._current_progress_remaining  # of the environment steps
         return "prefix" if done < prefix / (prefix + suffix) else "suffix"
 
     def iterate(self) -> None:
-        stage, everything = self.stage, range(len(self.policy.schedule))
+        stage, m, everything = self.stage, self.m, range(len(self.policy.schedule))
         rollout = self.sample()
-        self.learn_from(rollout, everything[: self.split] if stage == "prefix" else everything[self.split :])
+        self.learn_from(rollout, everything[:m] if stage == "prefix" else everything[m:])
         self.logger.record("vmr/suffix_update", float(stage == "suffix"))
         self.logger.record(f"vmr/{stage}_std_in_group", rollout.scores.std(1, correction=0).mean().item())
+        if self.split_rule is not None:
+            if stage == "prefix":
+                self.split_rule.observe(m, rollout.returns)
+            self._record_split(m, self.split_rule)
+
+    def _record_split(self, m: int, rule: SplitRule) -> None:
+        self.logger.record("vmr/split", m)
+        shares, worths = rule.shares(), rule.worths(*self._cycle)
+        for split in shares:
+            self.logger.record(f"vmr/decided_m{split}", shares[split])
+            self.logger.record(f"vmr/worth_m{split}", worths[split])
 
     def collect(self, seed: int) -> Rollout:
-        if self.split == len(self.policy.schedule):
+        m = self.m
+        if m == len(self.policy.schedule):
             return super().collect(seed)
         if self.stage == "suffix":
-            return self.draw(seed, 1, (self.split, self.group_size))  # one s_m a prompt, shared by G suffixes
-        pictures = self.draw(seed, self.group_size, (self.split, self.suffix_samples))
+            return self.draw(seed, 1, (m, self.group_size))  # one s_m a prompt, shared by G suffixes
+        pictures = self.draw(seed, self.group_size, (m, self.suffix_samples))
+        if self.suffix_kl_coef:
+            pictures = replace(pictures, returns=pictures.returns - self.suffix_kl_coef * self.suffix_kl(pictures, m))
         value = partial(middle_return, eta=self.eta)
-        return pictures.merge(self.policy, self.suffix_samples, self.split, value)
+        return pictures.merge(self.policy, self.suffix_samples, m, value)
+
+    @torch.no_grad()
+    def suffix_kl(self, pictures: Rollout, m: int) -> Tensor:
+        """log policy - log reference of the grids from m on, of rollouts with one picture a row: as ``returns``."""
+        reference, suffix = self.require_reference(), range(m, len(self.policy.schedule))
+
+        def of_rows(rows: Tensor) -> Tensor:
+            mine, ref = (self.log_probs(policy, pictures, rows, suffix).logp for policy in (self.policy, reference))
+            return losses.kl_estimate(mine, ref, "k1").sum(1)  # (b,)
+
+        return self.in_micro_batches(of_rows, pictures).view_as(pictures.returns).to(pictures.returns)
 
     def timesteps(self, images: int) -> int:
+        """See `Agent.timesteps`. A picture takes the more steps the earlier the split, so "auto" counts with the
+        earliest: no run ends before its pictures are drawn, and the remaining progress ends above 0."""
         if self.split == len(self.policy.schedule):
             return super().timesteps(images)
+        m = 1 if self.split_rule is not None else self.m
         a, b = self.prefix_updates, self.suffix_updates  # one cycle
-        steps = a * self._rollout_steps("prefix") + b * self._rollout_steps("suffix")
+        steps = a * self._rollout_steps("prefix", m) + b * self._rollout_steps("suffix", m)
         pictures = self.prompts_per_update * self.group_size * (a * self.suffix_samples + b)
         return -(-images * steps // pictures)
 
-    def _rollout_steps(self, stage: str) -> int:
-        """Environment steps of an iteration: each grid counts once for every row that draws it."""
-        m, rest = self.split, len(self.policy.schedule) - self.split
+    def _rollout_steps(self, stage: str, m: int) -> int:
+        """Environment steps of an iteration at a split: each grid counts once for every row that draws it."""
+        rest = len(self.policy.schedule) - m
         if stage == "prefix":
             return self.prompts_per_update * self.group_size * (m + self.suffix_samples * rest)
         return self.prompts_per_update * (m + self.group_size * rest)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), *(["split_rule"] if self.split_rule is None else [])]

@@ -28,6 +28,7 @@ from common import (
     StopOnInterrupt,
     add_agent_options,
     add_model_options,
+    add_prompts_option,
     add_reward_options,
     agent_settings,
     budget,
@@ -88,6 +89,7 @@ def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Prese
     """``--device`` and so on, the fields of `Preset`, and the agents' settings, for `finish`."""
     add_model_options(parser)
     add_reward_options(parser)
+    add_prompts_option(parser)
     group = parser.add_argument_group("what all runs have in common")
     for entry in dataclasses.fields(Preset):
         values = {name: getattr(preset, entry.name) for name, preset in presets.items()}
@@ -143,7 +145,11 @@ class Comparison:
         self.out: Path = args.out
         self.base = load_policy(args)
         self.env: VARTextVectorEnv = make_env(
-            self.base, self.settings.prompts_per_update, reward=args.reward, reward_kwargs=args.reward_kwargs
+            self.base,
+            self.settings.prompts_per_update,
+            prompts=args.prompts_from,
+            reward=args.reward,
+            reward_kwargs=args.reward_kwargs,
         )
         self.test = held_out_scenes(self.env.world, self.settings.test_prompts, SCENE_SEED, "test")
         self.val = held_out_scenes(self.env.world, self.settings.val_prompts, SCENE_SEED, "val")
@@ -151,6 +157,8 @@ class Comparison:
         self.config = dataclasses.asdict(self.settings) | {"base_weights": fingerprint(self.base)}
         if args.reward != "ocr" or args.reward_kwargs:
             self.config |= {"reward": args.reward, "reward_kwargs": args.reward_kwargs}
+        if args.prompts_from:
+            self.config |= {"prompts_from": args.prompts_from}
         self.method: dict[str, Any] = args.method
         self.described = self.config | {
             "seeds": args.seeds,
@@ -163,7 +171,7 @@ class Comparison:
     def cell(self, recipe: str, seed: int, **changes: Any) -> Cell:
         """A run of a recipe, its label, with some of the method's settings changed."""
         method = settings_of(recipe, self.method | changes)
-        if "split" in method:
+        if method.get("split", "auto") != "auto":
             method["split"] = self.base.schedule.middle_step(method["split"])
         return Cell(recipe, recipe, seed, method)
 
@@ -176,7 +184,7 @@ class Comparison:
         result: Result = json.loads(path.read_text())
         if not result["finished"]:
             return None
-        for name, value in (self.config | cell.method).items():
+        for name, value in json.loads(json.dumps(self.config | cell.method)).items():  # tuples as the file has them
             if name not in NOT_COMPARED and result["config"].get(name) != value:
                 raise ValueError(
                     f"{folder} holds a run with {name}={result['config'].get(name)}, and now it is {value}: "

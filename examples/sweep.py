@@ -32,13 +32,13 @@ import numpy as np
 import torch
 from common import add_model_options, clear_errors, copy_of, load_policy, make_env, make_parser, table, write_json
 from stable_baselines3.common.logger import Logger
-from torch import Tensor
 from tqdm import trange
 
 from agents import GRPO, Decoding, evaluate, held_out_scenes
 from agents.conflict import measure
 from agents.losses import group_advantages
 from agents.rollout import collect
+from agents.split_rule import variance_components
 
 GRID: dict[str, Any] = {
     "learning_rate": 5e-5,
@@ -94,16 +94,6 @@ def signal(args: Any, batches: int) -> tuple[float, float]:
     unit = torch.nn.functional.normalize(torch.stack(gradients), dim=1)
     cosines = (unit @ unit.T)[np.triu_indices(batches, 1)]
     return cosines.mean().item(), cosines.std().item() / len(cosines) ** 0.5
-
-
-def variance_components(rewards: Tensor) -> tuple[float, float]:
-    """The variance of ``(N prompts, prefixes, k suffixes)`` rewards between the prefixes of a prompt, and within them.
-
-    The means over k suffixes vary by the prefix and by ``within / k``, which is taken off (one-way analysis of variance
-    with random effects); what is left may come out below 0 where the prefix decides nothing.
-    """
-    within = rewards.var(2).mean().item()
-    return rewards.mean(2).var(1).mean().item() - within / rewards.shape[2], within
 
 
 def prefix_shares(args: Any, prompts: int) -> list[list[str]]:

@@ -216,6 +216,41 @@ class TestWeights:
         weights = agent.token_weights(rollout, range(2))
         assert torch.equal(weights.policy, agent.unwrapped.token_weights(rollout, range(2)).policy * flat(masks[:2]))
 
+    @pytest.mark.parametrize("soft", [False, True])
+    @pytest.mark.parametrize("combine", ["intersection", "mean"])
+    def test_other_combinations_of_the_pictures_of_a_row(self, parts, combine, soft):
+        agent = MaskPropagation(tiny_agent(parts, VMR, split=2, suffix_samples=3), suffix_masks=combine, soft=soft)
+        rollout, schedule = boxed(agent.sample()), agent.policy.schedule
+        finest = torch.stack([naive_mask(boxes, schedule, soft) for boxes in rollout.regions])
+        masks = agent.masks(rollout)
+        for mask, own in zip(masks, naive_propagation(finest, schedule), strict=True):
+            for row in range(8):
+                of_row = own[3 * row : 3 * row + 3].float()
+                expected = of_row.mean(0) if combine == "mean" else of_row.min(0).values
+                torch.testing.assert_close(mask[row].float(), expected)
+        weights, bare = (each.token_weights(rollout, range(2)) for each in (agent, agent.unwrapped))
+        torch.testing.assert_close(weights.policy, bare.policy * flat(masks[:2]))
+        assert torch.equal(weights.kl, bare.kl)
+
+    def test_combinations_are_in_order_and_agree_for_one_picture(self, parts):
+        names, found = ("intersection", "mean", "union"), {}
+        for k in (1, 3):
+            for name in names:
+                agent = MaskPropagation(tiny_agent(parts, VMR, split=2, suffix_samples=k), suffix_masks=name)
+                found[k, name] = flat(agent.masks(boxed(agent.sample()))).float()
+        assert all(torch.equal(found[1, name], found[1, "union"]) for name in names)
+        least, mean, most = (found[3, name] for name in names)
+        assert (least <= mean).all() and (mean <= most).all() and least.sum() < mean.sum() < most.sum()
+        assert torch.equal(mean == 1, least == 1) and torch.equal(mean > 0, most == 1)
+
+    def test_a_raster_token_has_the_mask_of_its_own_cell(self):
+        schedule = ScaleSchedule.raster((4, 3), patch=8)
+        finest = boxes_to_mask([(9, 8, 24, 17)], schedule)
+        assert picture(finest) == ["...", ".##", ".##", "..."]
+        masks = propagate_mask(finest[None], schedule)
+        assert [tuple(mask.shape) for mask in masks] == [(1, 1, 1)] * 12
+        assert torch.equal(flat(masks)[0], finest.flatten())
+
     def test_layout_takes_the_scenes_boxes(self, parts):
         agent = MaskPropagation(tiny_agent(parts, VMR, split=2, suffix_samples=2), boxes="layout")
         rollout = boxed(agent.sample())
@@ -242,7 +277,11 @@ class TestWeights:
 
     @pytest.mark.parametrize(
         ("options", "message"),
-        [({"boxes": "drawn"}, "boxes 'drawn'.*read, layout"), ({"dilation": -1}, "dilation .*at least 0, got -1")],
+        [
+            ({"boxes": "drawn"}, "boxes 'drawn'.*read, layout"),
+            ({"dilation": -1}, "dilation .*at least 0, got -1"),
+            ({"suffix_masks": "own"}, "suffix_masks 'own'.*union, intersection, mean"),
+        ],
     )
     def test_bad_options(self, parts, options, message):
         agent = tiny_agent(parts)

@@ -33,7 +33,7 @@ def same(left, right):
 
 def test_str_shows_the_chain(parts):
     inside = "PANW(VMR(split=2, suffix_samples=2, eta=1.0), alpha=0.8)"
-    assert str(chain(parts)) == f"MaskPropagation({inside}, boxes='read', soft=False, dilation=2)"
+    assert str(chain(parts)) == f"MaskPropagation({inside}, boxes='read', soft=False, dilation=2, suffix_masks='union')"
 
 
 def test_learns_and_predicts(parts):
