@@ -442,7 +442,7 @@ def test_pretraining_and_a_picture(tmp_path, monkeypatch, capsys):
     assert "used_bits" in run("tokenizer", "--bits", "4")
     loss = float(run("policy").split("  loss ")[1].split()[0])
     assert loss == pytest.approx(4 * math.log(2), rel=0.1)  # nats a token, at first those of 4 fair coins
-    with pytest.raises(SystemExit, match="no place for a bitwise model"):
+    with pytest.raises(SystemExit, match="no place for a BitTokenizer"):
         run("export")
     with pytest.raises(SystemExit):
         run("tokenizer", "--bits", "4", "--schedule", "raster")

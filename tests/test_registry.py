@@ -186,6 +186,7 @@ class TestOptions:
             "split",
             "suffix_samples",
             "eta",
+            "suffix_kl_coef",
             "prefix_updates",
             "suffix_updates",
             "alternation",

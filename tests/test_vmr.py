@@ -221,3 +221,25 @@ class TestOptions:
         after = weights_of(agent.policy)
         assert all(torch.isfinite(weight).all() for weight in after.values())
         assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+class TestSuffixKL:
+    def test_is_taken_off_the_returns(self, parts):
+        """Summed over the suffix's tokens, with a naive sum for reference."""
+        plain, paying = (tiny_agent(parts, VMR, split=2, suffix_kl_coef=c) for c in (0.0, 0.5))
+        for agent in (plain, paying):
+            nudge(agent)
+        before, after = plain.collect(3), paying.collect(3)
+        pictures = plain.draw(0, 4, (2, 2))
+        kl = paying.suffix_kl(pictures, 2)
+        with torch.no_grad():
+            mine, ref = (
+                policy.evaluate(pictures.cond, pictures.grids, range(2, 3))[0].sum((1, 2))
+                for policy in (paying.policy, paying.reference)
+            )
+        torch.testing.assert_close(kl.flatten(), mine - ref, atol=1e-4, rtol=1e-4)
+        assert before.returns.shape == after.returns.shape and not torch.equal(before.returns, after.returns)
+
+    def test_below_zero(self, parts):
+        with pytest.raises(ValueError, match="suffix_kl_coef must be at least 0, got -1"):
+            tiny_agent(parts, VMR, split=2, suffix_kl_coef=-1)
