@@ -34,6 +34,7 @@ ablate: $(INSTALLED)
 results: $(INSTALLED)
 	$(BIN)/python examples/compare.py --preset full --out runs/full
 	$(BIN)/python examples/ablate.py m alpha --out runs/ablate
+	$(BIN)/python examples/theory.py
 	for run in full ablate; do mkdir -p results/$$run && cp runs/$$run/*.md runs/$$run/*.json runs/$$run/*.png results/$$run; done
 
 test: $(INSTALLED)
