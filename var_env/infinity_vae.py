@@ -23,7 +23,6 @@ from var_env.schedule import ScaleSchedule
 from var_env.tokenizer import from_unit
 from var_env.var_vqvae import decoder, encoder, load_public_weights, read_public
 from var_env.visual_tokenizer import VisualTokenizer
-from var_env.weights import load_config_and_weights, load_weights
 
 PATCH = 16  # px a token: four halvings
 MULTIPLIERS = (1, 2, 4, 4, 4)  # channels at each resolution, fine to coarse, in units of `width`
@@ -61,12 +60,14 @@ class InfinityTokenizer(BitTokenizer):
         >>> tokenizer.save("infinity_vae.safetensors")  # doctest: +SKIP
     """
 
+    maker = "InfinityTokenizer.load_public(PTH)"
+
     def __init__(self, schedule: ScaleSchedule, bits: int = 32, width: int = 128) -> None:
         VisualTokenizer.__init__(self)  # past BitTokenizer's own, which makes other networks
         if schedule.patch != PATCH:
             raise ValueError(f"this tokenizer has {PATCH} pixels a token, the schedule has patch={schedule.patch}")
         self.schedule, self.depth, self.channels = schedule, bits, bits
-        self.config = {"grids": [list(grid) for grid in schedule.grids], "bits": bits, "width": width}
+        self.config = {"grids": [list(grid) for grid in schedule.grids], "patch": PATCH, "bits": bits, "width": width}
         self.encoder = encoder(width, bits, MULTIPLIERS, attention=False)
         self.decoder = decoder(width, bits, MULTIPLIERS, attention=False)
 
@@ -98,14 +99,6 @@ class InfinityTokenizer(BitTokenizer):
         with torch.device("meta"):
             tokenizer = cls(schedule, shapes["decoder.conv_in.weight"][1], shapes["encoder.conv_in.weight"][0])
         load_public_weights(tokenizer, weights, ("mask",), path)
-        return tokenizer.eval().requires_grad_(False)
-
-    @classmethod
-    def load(cls, path: str | Path | None = None) -> InfinityTokenizer:
-        """Read a file that :meth:`save` wrote; no weights are shipped. Frozen, in eval mode."""
-        config, weights = load_config_and_weights(path or "(none given)", "InfinityTokenizer.load_public(PTH)")
-        tokenizer = cls(ScaleSchedule(config.pop("grids"), PATCH), **config)
-        load_weights(tokenizer, weights, path or "")
         return tokenizer.eval().requires_grad_(False)
 
 

@@ -69,6 +69,9 @@ class MultiScaleTokenizer(VisualTokenizer):
         blocks: residual blocks in each of them.
     """
 
+    maker = MAKER  # what makes its files, for errors
+    shipped: str | None = None  # its file in var_env/assets
+
     def __init__(self, schedule: ScaleSchedule, channels: int, width: int, blocks: int) -> None:
         super().__init__()
         self.schedule, self.channels = schedule, channels
@@ -178,8 +181,12 @@ class MultiScaleTokenizer(VisualTokenizer):
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Self:
-        """Read a file that :meth:`save` wrote. Frozen, in eval mode."""
-        config, weights = load_config_and_weights(path or "(none given)", MAKER)
+        """Read a file that :meth:`save` wrote; without a path, the shipped weights if there are any. Frozen, in eval
+        mode."""
+        if path is None and cls.shipped is not None:
+            with resources.as_file(resources.files("var_env") / "assets" / cls.shipped) as shipped:
+                return cls.load(shipped)
+        config, weights = load_config_and_weights(path or "(none given)", cls.maker)
         schedule = ScaleSchedule(config.pop("grids"), config.pop("patch"))
         tokenizer = cls(schedule, **config)
         load_weights(tokenizer, weights, path or "")
@@ -196,6 +203,8 @@ class Tokenizer(MultiScaleTokenizer):
         width: channels of the convolutional encoder and decoder.
         blocks: residual blocks in each of them.
     """
+
+    shipped: str | None = "tokenizer.safetensors"
 
     def __init__(
         self,
@@ -231,12 +240,6 @@ class Tokenizer(MultiScaleTokenizer):
         """The codes nearest to each code, itself left out: int64 ``(V, count)``, fewer in a smaller codebook."""
         distances = torch.cdist(self.codebook, self.codebook).fill_diagonal_(torch.inf)
         return distances.topk(min(count, self.vocab_size - 1), largest=False).indices
-
-    @classmethod
-    def load(cls, path: str | Path | None = None) -> Self:
-        """Read a file that :meth:`save` wrote; without a path, the shipped weights. Frozen, in eval mode."""
-        with resources.as_file(resources.files("var_env") / "assets" / "tokenizer.safetensors") as shipped:
-            return super().load(path or shipped)
 
 
 class ResidualBlock(nn.Module):

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from var_env.schedule import ScaleSchedule
 from var_env.tokenizer import Tokenizer, from_unit
 from var_env.visual_tokenizer import VisualTokenizer
-from var_env.weights import load_config_and_weights, load_weights
 
 PATCH = 16  # px a token: four halvings
 MULTIPLIERS = (1, 1, 2, 2, 4)  # channels at each resolution, fine to coarse, in units of `width`
@@ -54,6 +53,9 @@ class VARTokenizer(Tokenizer):
         >>> tokenizer.save("vae_512.safetensors")  # doctest: +SKIP
     """
 
+    maker = "VARTokenizer.load_public(PTH).save(PATH)"
+    shipped = None
+
     def __init__(
         self, schedule: ScaleSchedule = VAR_256, vocab_size: int = 4096, channels: int = 32, width: int = 160
     ) -> None:
@@ -63,6 +65,7 @@ class VARTokenizer(Tokenizer):
         self.schedule, self.vocab_size, self.channels = schedule, vocab_size, channels
         self.config = {
             "grids": [list(grid) for grid in schedule.grids],
+            "patch": PATCH,
             "vocab_size": vocab_size,
             "channels": channels,
             "width": width,
@@ -107,14 +110,6 @@ class VARTokenizer(Tokenizer):
         with torch.device("meta"):
             tokenizer = cls(schedule, vocab_size, channels, len(weights["encoder.conv_in.weight"]))
         load_public_weights(tokenizer, weights, ("ema_vocab_hit_SV",), path)
-        return tokenizer.eval().requires_grad_(False)
-
-    @classmethod
-    def load(cls, path: str | Path | None = None) -> VARTokenizer:
-        """Read a file that :meth:`save` wrote; no weights are shipped. Frozen, in eval mode."""
-        config, weights = load_config_and_weights(path or "(none given)", "VARTokenizer.load_public(PTH).save(PATH)")
-        tokenizer = cls(ScaleSchedule(config.pop("grids"), PATCH), **config)
-        load_weights(tokenizer, weights, path or "")
         return tokenizer.eval().requires_grad_(False)
 
 
