@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agents.policies.base import Policy
+from agents.policies.base import Policy, recompute_activations
 from agents.policies.lora import add_lora
 from rewards.hub import check_whole, explained, place
 from var_env.janus_vq import JanusTokenizer
@@ -113,8 +113,7 @@ class JanusPolicy(Policy):
         if "{prompt}" not in template or not template.endswith(str(self.text_tokenizer.id_to_token(self.image))):
             raise ValueError(f"template must hold {{prompt}} and end with the begin-of-image token, got {template!r}")
         if gradient_checkpointing:
-            old_name = self.language_model.gradient_checkpointing_enable  # of earlier versions of transformers
-            getattr(self.language_model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+            recompute_activations(self.language_model)
         for weight in self.parameters():  # and not the rotary frequencies, which need fp32
             weight.data = weight.data.to(getattr(torch, dtype))
         if lora is not None:

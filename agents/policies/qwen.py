@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, Qwen2Config, Qwen2Model
 
-from agents.policies.base import Policy
+from agents.policies.base import Policy, recompute_activations
 from agents.policies.lora import add_lora
 from agents.policies.qwen_model import Cache, QwenVARConfig, QwenVARModel, check_attention, new_model, visual_options
 from var_env.tokenizer import load_tokenizer
@@ -86,9 +86,7 @@ class QwenPolicy(Policy):
             "gradient_checkpointing": gradient_checkpointing,
         }
         if gradient_checkpointing:
-            # transformers 5 has a new name for it.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            recompute_activations(model)
         if lora is not None:
             add_lora(self, **lora)
 
