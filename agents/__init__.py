@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agents.base import Agent
     from agents.best_of_n import BestOfN
-    from agents.callbacks import BestCheckpoint, HeldOutEval, StopAfter
+    from agents.callbacks import BestCheckpoint, CheckpointEvery, HeldOutEval, Interrupt, StopAfter, StopOnSignal
     from agents.checkpoint import load
     from agents.conflict import ConflictProbe
     from agents.evaluation import bootstrap_interval, evaluate, held_out_scenes
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from agents.raft import RAFT
     from agents.registry import make, register
     from agents.reinforce import REINFORCE
+    from agents.resume import Checkpoints
     from agents.rloo import RLOO
     from agents.sampling import Decoding
     from agents.stage import EntropyReward, SimilarityAdvantage, SimilarityKL
@@ -38,9 +39,13 @@ _HOMES = {  # imported when first asked for: torch and Stable-Baselines3 take se
     "Agent": "base",
     "BestCheckpoint": "callbacks",
     "BestOfN": "best_of_n",
+    "CheckpointEvery": "callbacks",
+    "Checkpoints": "resume",
     "ConflictProbe": "conflict",
     "HeldOutEval": "callbacks",
+    "Interrupt": "callbacks",
     "StopAfter": "callbacks",
+    "StopOnSignal": "callbacks",
     "bootstrap_interval": "evaluation",
     "evaluate": "evaluation",
     "held_out_scenes": "evaluation",
@@ -67,14 +72,18 @@ __all__ = [
     "Agent",
     "BestCheckpoint",
     "BestOfN",
+    "CheckpointEvery",
+    "Checkpoints",
     "ConflictProbe",
     "Decoding",
     "EntropyReward",
     "HeldOutEval",
+    "Interrupt",
     "MaskPropagation",
     "SimilarityAdvantage",
     "SimilarityKL",
     "StopAfter",
+    "StopOnSignal",
     "TreeGRPO",
     "Wrapper",
     "bootstrap_interval",

@@ -193,6 +193,11 @@ class Agent(BaseAlgorithm):
         """Environment steps in which this agent decodes about as many pictures, for ``learn(total_timesteps)``."""
         return images * len(self.policy.schedule)
 
+    @property
+    def steps_left(self) -> int:
+        """Environment steps that the last ``learn()`` had still to do when it was stopped, or when it was saved."""
+        return max(self._total_timesteps - self.num_timesteps, 0)
+
     # The environment -------------------------------------------------------------------------------------------------
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:

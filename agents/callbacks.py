@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
+import sys
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from tqdm import tqdm
 
+from agents.files import replacing
+from agents.resume import Checkpoints
 from agents.sampling import Decoding
 from var_env.scenes import Scene
 
@@ -160,13 +165,96 @@ class BestCheckpoint(HeldOutEval):
             raise ValueError(f"unknown metric {self.metric!r}: choose one of {', '.join(means)}")
         sign = -1 if self.metric in LOWER_IS_BETTER else 1
         if self.best is None or sign * means[self.metric] > sign * self.best:
-            part = self.path.with_name(self.path.name + ".part")
-            self.model.best_policy.save(part)
-            os.replace(part, self.path)
+            with replacing(self.path) as part:
+                self.model.best_policy.save(part)
             self.best = means[self.metric]
             about = {"metric": self.metric, "value": self.best, "updates": self.model.n_updates, "split": self.split}
-            self.path.with_suffix(".json").write_text(json.dumps(about) + "\n")
+            with replacing(self.path.with_suffix(".json")) as part:
+                part.write_text(json.dumps(about) + "\n")
         self.logger.record(f"eval/best_{self.metric}", self.best)
+
+
+class CheckpointEvery(AgentCallback):
+    """Writes a checkpoint before the first update, after every n-th and at the end, see ``agents/resume.py``.
+
+    Put it before callbacks that evaluate: a run that goes on then evaluates again what was not logged. At the end means
+    whenever ``learn()`` returns, so that with `StopOnSignal` a run that is asked to stop loses nothing. After an error
+    the last one stays as it is.
+
+    Args:
+        folder: for the checkpoints.
+        updates: between two of them, at least 1.
+        keep: so many stay.
+
+    Raises:
+        TypeError: in the beginning, when a setting of the agent cannot be stored.
+        OSError: when one cannot be written. The earlier ones are as they were.
+    """
+
+    def __init__(self, folder: str | Path, updates: int = 20, keep: int = 2) -> None:
+        super().__init__()
+        if updates < 1:
+            raise ValueError(f"updates must be at least 1, got {updates}")
+        self.checkpoints, self.updates = Checkpoints(folder, keep), updates
+        self.saved: int | None = None  # after so many updates
+
+    def _on_rollout_start(self) -> None:
+        if self.model.n_updates % self.updates == 0:
+            self.save()
+
+    def _on_training_end(self) -> None:
+        self.save()
+
+    def save(self) -> None:
+        """Write one now, unless there was no update since the last."""
+        if self.model.n_updates != self.saved:  # the batches of one update are not told apart
+            self.checkpoints.save(self.model)
+            self.saved = self.model.n_updates
+
+
+class Interrupt:
+    """SIGINT (Ctrl-C) and SIGTERM inside the ``with`` block: the first asks for a stop in good order, which
+    `StopOnSignal` gives; the next raises KeyboardInterrupt.
+
+    Cluster managers send SIGTERM before they take a machine back. Only Python's main thread may enter the block.
+
+    Args:
+        notice: printed at the first signal.
+
+    Attributes:
+        requested: whether there was a signal.
+    """
+
+    def __init__(self, notice: str = "stopping after this update; once more gives up") -> None:
+        self.notice, self.requested = notice, False
+
+    def __enter__(self) -> Interrupt:
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        tqdm.write(f"\n{signal.Signals(number).name}: {self.notice}", file=sys.stderr)
+
+
+class StopOnSignal(AgentCallback):
+    """Ends training after the update that the signal of an `Interrupt` fell into, so that a resumed run is exact."""
+
+    def __init__(self, interrupt: Interrupt) -> None:
+        super().__init__()
+        self.interrupt = interrupt
+
+    def _on_step(self) -> bool:
+        envs = self.locals["envs"]
+        return not self.interrupt.requested or envs.t < len(envs.schedule)
 
 
 class SampleProgressBar(ProgressBarCallback):
@@ -182,4 +270,4 @@ class SampleProgressBar(ProgressBarCallback):
         return True
 
 
-__all__ = ["BestCheckpoint", "HeldOutEval", "StopAfter"]
+__all__ = ["BestCheckpoint", "CheckpointEvery", "HeldOutEval", "Interrupt", "StopAfter", "StopOnSignal"]

@@ -1,20 +1,26 @@
 """An agent on disk: Stable-Baselines3's zip (settings and counters as JSON, the state of the optimiser and of what else
 ``_get_torch_save_params`` names), and inside it policy, reference policy and tokenizer as safetensors, so that a
-checkpoint stands alone. Wrappers are kept as their classes and options."""
+checkpoint stands alone. Wrappers are kept as their classes and options.
+
+A zip is Stable-Baselines3's habit, for agents to share and to load by one name. Its settings and states are pickled in
+part, so loading one runs code that it holds: load only what you trust. The checkpoints of ``agents/resume.py`` run
+none, and are what a long run goes on from."""
 
 from __future__ import annotations
 
 import inspect
 import io
-import os
 import tempfile
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import torch
 from stable_baselines3.common.save_util import load_from_zip_file, open_path, save_to_zip_file
+from torch import Tensor
+
+from agents.files import replacing
 
 if TYPE_CHECKING:
     from agents.base import Agent
@@ -41,10 +47,8 @@ def write(agent: Agent, path: str | Path | BinaryIO, left_out: Collection[str]) 
         path.write(buffer.getvalue())
         return
     target = Path(path) if Path(path).suffix else Path(path).with_suffix(".zip")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    part.write_bytes(buffer.getvalue())
-    os.replace(part, target)
+    with replacing(target) as part:
+        part.write_bytes(buffer.getvalue())
 
 
 def load(
@@ -72,6 +76,27 @@ def load(
     agent_class, generator_state = data.pop("agent_class"), data.pop("generator_state")
     wrappers = list(zip(data.pop("wrapper_classes"), data.pop("wrapper_settings"), strict=True))
     del data["tokenizer_class"]
+    state = torch.frombuffer(bytearray(generator_state), dtype=torch.uint8)
+    agent = rebuild(Saved(agent_class, data, wrappers, states, modules, state), env, device, replaced)
+    if not isinstance(agent, expected):
+        raise ValueError(f"{path} holds {agent} and no {expected.__name__}: read it with agents.load()")
+    return agent
+
+
+class Saved(NamedTuple):
+    """An agent taken apart."""
+
+    agent_class: type
+    settings: dict[str, Any]  # and counters
+    wrappers: list[tuple[type, dict[str, Any]]]  # from the inside out, with their options
+    states: dict[str, Any]  # state dicts, of the optimiser and the like
+    modules: dict[str, Any]  # "policy", and "reference" and "ema" if there are any
+    generator_state: Tensor
+
+
+def rebuild(saved: Saved, env: Any, device: torch.device | str, replaced: dict[str, Any]) -> Any:
+    """The agent, with some settings replaced, in its wrappers. ``ValueError`` for a setting that does not exist."""
+    agent_class, data, wrappers, states, modules, generator_state = saved
     for _, settings in wrappers:
         settings.update({name: replaced.pop(name) for name in settings.keys() & replaced.keys()})
     unknown = sorted(replaced.keys() - data.keys())
@@ -88,15 +113,13 @@ def load(
     agent._rollouts = data["_rollouts"]  # seeding starts them again
     for name, state in states.items():
         getattr(agent, name).load_state_dict(state)
-    agent.generator.set_state(torch.frombuffer(bytearray(generator_state), dtype=torch.uint8))
+    agent.generator.set_state(generator_state)
     for name in modules.keys() & {"reference", "ema"}:
         setattr(agent, name, modules[name].to(agent.device).eval().requires_grad_(False))
     if env is not None:
         agent.set_env(env)
     for wrapper_class, settings in wrappers:
         agent = wrapper_class(agent, **settings)
-    if not isinstance(agent, expected):
-        raise ValueError(f"{path} holds {agent} and no {expected.__name__}: read it with agents.load()")
     return agent
 
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from stable_baselines3.common.logger import Image, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import (
+    CSVOutputFormat,
+    Image,
+    KVWriter,
+    Logger,
+    TensorBoardOutputFormat,
+    make_output_format,
+)
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from agents import pictures
 from agents.losses import per_grid
@@ -19,6 +29,52 @@ if TYPE_CHECKING:
     from agents.grpo import GRPO
 
 EYES_ONLY = ("stdout", "log", "json", "csv")  # the writers that cannot show a picture
+
+
+def open_logger(folder: str | Path, formats: Sequence[str], step: int | None = None) -> Logger:
+    """Stable-Baselines3's ``configure``, for a new run or one that goes on.
+
+    Args:
+        folder: of the run.
+        formats: "stdout", "log", "json", "csv", "tensorboard".
+        step: of a run that goes on, ``num_timesteps`` of its checkpoint. What "csv" and "tensorboard" logged after it
+            is taken back, since it will be logged again; the other files begin anew.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    kinds = {"csv": ContinuedCSV, "tensorboard": ContinuedTensorBoard}
+    writers: list[KVWriter] = [
+        make_output_format(name, str(folder)) if step is None or name not in kinds else kinds[name](Path(folder), step)
+        for name in formats
+    ]
+    return Logger(str(folder), writers)
+
+
+class ContinuedCSV(CSVOutputFormat):
+    """progress.csv with the rows up to a step that it had before."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        path = folder / "progress.csv"
+        before: list[dict[str, str]] = []
+        if path.is_file():
+            with open(path, newline="") as file:
+                before = list(csv.DictReader(file))
+        super().__init__(str(path))
+        for row in before:
+            if row["time/total_timesteps"] and int(row["time/total_timesteps"]) <= step:
+                self.write({name: number(text) for name, text in row.items() if text}, {})
+
+
+def number(text: str) -> float:
+    """As Python wrote it, whole numbers as whole numbers."""
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+class ContinuedTensorBoard(TensorBoardOutputFormat):
+    """Events of which TensorBoard shows those up to a step, and then the new ones."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.writer = SummaryWriter(log_dir=str(folder), purge_step=step + 1)
+        self._is_closed = False
 
 
 def shows_pictures(logger: Logger) -> bool:

@@ -1,4 +1,4 @@
-"""What the example scripts share: agents by name, options, loading, the progress bar, evaluation, and Ctrl-C."""
+"""What the example scripts share: agents by name, options, loading, the progress bar, and evaluation."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ import copy
 import importlib.util
 import inspect
 import json
-import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 from var_env.agents_clash import check_agents
@@ -34,6 +31,7 @@ from tqdm import tqdm
 from agents import load, policies, registry
 from agents.base import Agent
 from agents.callbacks import AgentCallback, HeldOutEval
+from agents.files import replacing
 from agents.grpo import GRPO
 from agents.policies.base import Policy
 from agents.sampling import Decoding
@@ -46,7 +44,7 @@ from var_env.tokenizer import load_tokenizer
 
 AGENTS = ("grpo", "vmr", "vmr+panw", "vmr+panw+mp")  # the paper's method, step by step
 SPLIT = "m_32"  # the middle step of VMR, for pictures of 64 pixels
-INTERRUPTED = 130  # the exit status of a process that Ctrl-C ended
+INTERRUPTED = 130  # the exit status of a process that Ctrl-C, or another signal, ended in good order
 
 
 # Agents --------------------------------------------------------------------------------------------------------------
@@ -371,53 +369,7 @@ class ImageBar(AgentCallback):
         self.bar.close()
 
 
-class Interrupt:
-    """Ctrl-C inside the ``with`` block: the first asks for a stop in good order, the next raises KeyboardInterrupt."""
-
-    def __init__(self, notice: str) -> None:
-        self.notice, self.requested = notice, False
-
-    def __enter__(self) -> Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        tqdm.write(f"\n{self.notice}", file=sys.stderr)
-
-
-class StopOnInterrupt(AgentCallback):
-    """Ends training after the update that Ctrl-C fell into, so that a resumed run continues exactly."""
-
-    def __init__(self, interrupt: Interrupt) -> None:
-        super().__init__()
-        self.interrupt = interrupt
-
-    def _on_step(self) -> bool:
-        envs = self.locals["envs"]
-        return not self.interrupt.requested or envs.t < len(envs.schedule)
-
-
 # Results -------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives another path to write to, which then takes the place of ``path``: nobody ever reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}-{path.name}")  # processes that write the same file do not meet
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

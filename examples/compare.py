@@ -19,8 +19,9 @@ All agents start from the same weights, see the same training prompts in the sam
 evaluated with the same noise on test prompts, whose words are in no training prompt. The budget is counted in pictures
 decoded and scored: the K suffixes by which VMR values a prefix cost K.
 
-Ctrl-C finishes the update, evaluates what has been learned so far, writes everything and exits with status 130; a
-second Ctrl-C skips that evaluation. The same command with the same --out then trains the runs that are missing.
+Ctrl-C, or SIGTERM, finishes the update, evaluates what has been learned so far, writes everything and exits with status
+130; a second one skips that evaluation. The same command with the same --out then goes on where it was. So it does when
+it was killed, from the last checkpoint, one every --save-every updates, with the same result.
 
 Several processes may share one --out when each has --seeds or --agents of its own: a process trains nothing but its own
 runs, files are replaced as a whole, and the tables and pictures show the runs of the process that wrote them last. A

@@ -1,7 +1,8 @@
 """Runs on common ground, for compare.py and ablate.py: what all have in common, one run, and a plan of many.
 
 A run is a `Cell`: an agent, its settings and a seed. Its folder, OUT/LABEL/seedK, holds all that it writes, and when
-result.json there says that it is finished, it is not trained again.
+result.json there says that it is finished, it is not trained again. One that was interrupted or killed goes on from its
+last checkpoint, exactly, unless its settings are others now.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from common import (
     INTERRUPTED,
     CurveEval,
     ImageBar,
-    Interrupt,
-    StopOnInterrupt,
     add_agent_options,
     add_model_options,
     add_prompts_option,
@@ -43,10 +42,22 @@ from common import (
 )
 from report import Result
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import configure
 from tqdm import tqdm
 
-from agents import GRPO, Agent, ConflictProbe, Decoding, StopAfter, Wrapper, evaluate, held_out_scenes, registry
+from agents import (
+    GRPO,
+    Agent,
+    Checkpoints,
+    ConflictProbe,
+    Decoding,
+    StopAfter,
+    Wrapper,
+    evaluate,
+    held_out_scenes,
+    registry,
+)
+from agents.callbacks import CheckpointEvery, Interrupt, StopOnSignal
+from agents.logs import open_logger
 from agents.policies.base import Policy
 from var_env import VARTextVectorEnv
 
@@ -101,6 +112,13 @@ def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Prese
             metavar=type(entry.default).__name__.upper(),
             help=f"{entry.metadata['help']} (default: {default})",
         )
+    group.add_argument(
+        "--save-every",
+        type=int,
+        default=10,
+        metavar="UPDATES",
+        help="between two checkpoints, from which a run that was killed goes on (default: %(default)s)",
+    )
     add_agent_options(parser, without=[entry.name for entry in dataclasses.fields(Preset)])
 
 
@@ -108,6 +126,7 @@ def finish(args: argparse.Namespace, preset: Preset) -> None:
     """Set ``args.settings``, a `Preset` with what was given, and ``args.method``, the other settings of the agents."""
     given = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(Preset)}
     args.settings = dataclasses.replace(preset, **{name: value for name, value in given.items() if value is not None})
+    require_at_least_one(save_every=args.save_every)
     args.method = {name: value for name, value in agent_settings(args).items() if name not in given}
 
 
@@ -143,6 +162,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace) -> None:
         self.settings: Preset = args.settings
         self.out: Path = args.out
+        self.save_every: int = args.save_every
         self.base = load_policy(args)
         self.env: VARTextVectorEnv = make_env(
             self.base,
@@ -229,18 +249,20 @@ class Comparison:
     def train(self, cell: Cell, cap: float | None, interrupt: Interrupt) -> Result | None:
         """One run, ``cap`` seconds of training at most; ``None`` when it was interrupted before its first update."""
         settings, folder = self.settings, report.run_folder(self.out, cell.label, cell.seed)
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt that was not finished
-        agent = self.agent(cell)
-        agent.set_logger(configure(str(folder), ["tensorboard", "csv"]))
+        saves = CheckpointEvery(folder / "checkpoints", self.save_every)
+        agent, step = self.start(cell, folder, saves.checkpoints)
+        agent.set_logger(open_logger(folder, ["tensorboard", "csv"], step))
         callbacks: list[BaseCallback] = [
+            saves,
             CurveEval(settings.eval_every, self.val, "val", NOISE_SEED, self.decoding),
             StopAfter(images=settings.images, seconds=cap),
-            StopOnInterrupt(interrupt),
+            StopOnSignal(interrupt),
             ImageBar(settings.images, str(cell)),
         ]
         if isinstance(agent.unwrapped, GRPO):
-            callbacks.insert(1, ConflictProbe(4 * settings.eval_every))  # costs as much as two or three updates
-        agent.learn(agent.timesteps(settings.images), callbacks)
+            callbacks.insert(2, ConflictProbe(4 * settings.eval_every))  # costs as much as two or three updates
+        steps = max(agent.timesteps(settings.images) - agent.num_timesteps, 0)
+        agent.learn(steps, callbacks, reset_num_timesteps=step is None)
         agent.logger.close()
         if agent.n_updates == 0 and interrupt.requested:
             return None
@@ -252,7 +274,22 @@ class Comparison:
                 file=sys.stderr,
             )
         finished = not (short and interrupt.requested)
-        return self.result(cell, agent.best_policy, agent.best_of, finished=finished, budget=budget(agent))
+        result = self.result(cell, agent.best_policy, agent.best_of, finished=finished, budget=budget(agent))
+        if finished:
+            shutil.rmtree(saves.checkpoints.folder)
+        return result
+
+    def start(self, cell: Cell, folder: Path, checkpoints: Checkpoints) -> tuple[Agent | Wrapper, int | None]:
+        """The agent of an earlier attempt at the run, with the step that it has come to, or a new one and ``None``."""
+        asked = json.loads(json.dumps(self.config | cell.method))  # tuples as the file has them
+        file = folder / "config.json"
+        if checkpoints.paths() and file.is_file() and json.loads(file.read_text()) == asked:
+            agent = checkpoints.load(self.env, self.base.device)
+            tqdm.write(f"{cell}: goes on after update {agent.n_updates}", file=sys.stderr)
+            return agent, agent.num_timesteps
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(file, asked)
+        return self.agent(cell), None
 
     def run(self, plan: Sequence[Cell], write: Callable[[Result, list[Result]], str]) -> int:
         """Train what is not finished, write the report after each run, and print it in the end; the exit status.
@@ -266,7 +303,7 @@ class Comparison:
                 self.agent(cell)  # wrong settings show now and not hours later
         cap = self.settings.seconds or None
         failed, written = False, ""
-        notice = "Ctrl-C: finishing this update, then evaluating and writing; once more skips the evaluation"
+        notice = "finishing this update, then evaluating and writing; once more skips the evaluation"
         with Interrupt(notice) as interrupt:
             try:
                 base = base or self.result(BASE, self.base, finished=True)

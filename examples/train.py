@@ -8,12 +8,14 @@
 
 An agent is an algorithm and wrappers around it, from the inside out, joined by "+"; compare.py --agents lists them.
 
-In --out: TensorBoard events, agent.zip (all that --resume needs, also written every --save-every updates),
-policy.safetensors, and best.safetensors, the policy with the best word accuracy on held-out prompts, which is not what
-it was trained on. ``python examples/evaluate.py --policy runs/first/policy.safetensors`` measures the result.
+In --out: TensorBoard events, checkpoints/ (one every --save-every updates, of which the newest --save-total are kept: all
+that --resume needs), policy.safetensors, best.safetensors, the policy with the best word accuracy on held-out prompts,
+which is not what it was trained on, and at the end agent.zip, for ``agents.load``.
+``python examples/evaluate.py --policy runs/first/policy.safetensors`` measures the result.
 
-Ctrl-C finishes the update and saves; --resume then goes on as if nothing had happened. So it does from the last
-agent.zip when training ended with an error.
+Ctrl-C, and the SIGTERM of a cluster, finish the update and save; --resume then goes on as if nothing had happened, bit
+for bit on a CPU. So it does from the last checkpoint when training was killed or ended with an error: see
+docs/scaling.md, also for several processes and machines.
 """
 
 from __future__ import annotations
@@ -27,8 +29,6 @@ from common import (
     INTERRUPTED,
     CurveEval,
     ImageBar,
-    Interrupt,
-    StopOnInterrupt,
     add_agent_options,
     add_decoding_options,
     add_model_options,
@@ -46,11 +46,14 @@ from common import (
     require_at_least_one,
 )
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import configure
 
-from agents import Agent, Decoding, StopAfter, Wrapper, load, registry
-from agents.callbacks import AgentCallback, BestCheckpoint
+from agents import Agent, Decoding, StopAfter, Wrapper, registry
+from agents.callbacks import BestCheckpoint, CheckpointEvery, Interrupt, StopOnSignal
+from agents.logs import open_logger
+from agents.resume import Checkpoints
 from agents.schedules import SCHEDULES, make_schedule
+
+COUNTS = ("images", "save_every", "save_total", "eval_every", "eval_prompts")  # options of at least 1
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,10 +65,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from agent.zip in --out, with its agent, policy and seed, and its settings but those given again",
+        help="go on from the newest checkpoint in --out, with its agent, policy and seed, and its settings but those "
+        "given again",
     )
     parser.add_argument("--images", type=int, default=6400, help="budget in reward calls (default: %(default)s)")
     parser.add_argument("--save-every", type=int, default=20, metavar="UPDATES", help="(default: %(default)s)")
+    parser.add_argument(
+        "--save-total", type=int, default=2, metavar="N", help="checkpoints that are kept (default: %(default)s)"
+    )
     parser.add_argument("--eval-every", type=int, default=20, metavar="UPDATES", help="(default: %(default)s)")
     parser.add_argument("--eval-prompts", type=int, default=64, help="from the val split (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -86,30 +93,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     with clear_errors():
-        require_at_least_one(**{n: getattr(args, n) for n in ("images", "save_every", "eval_every", "eval_prompts")})
+        require_at_least_one(**{n: getattr(args, n) for n in COUNTS})
     return args
-
-
-class SaveEvery(AgentCallback):
-    """Saves the agent after every n-th update, before it samples again."""
-
-    def __init__(self, updates: int, path: Path) -> None:
-        super().__init__()
-        self.updates, self.path, self.saved = updates, path, -1
-
-    def _on_rollout_start(self) -> None:
-        updates = self.model.n_updates
-        if updates % self.updates == 0 and updates != self.saved:  # the batches of one update are not told apart
-            self.model.save(self.path)
-            self.saved = updates
 
 
 class CurveAndBest(CurveEval, BestCheckpoint):
     """Evaluates, prints a line, and keeps the best policy by word accuracy."""
 
 
-def agent_from(args: argparse.Namespace, path: Path) -> Agent | Wrapper:
-    """A new agent, or the one in ``path`` with the settings that were given again."""
+def agent_from(args: argparse.Namespace, checkpoints: Checkpoints) -> Agent | Wrapper:
+    """A new agent, or the one of the newest checkpoint with the settings that were given again."""
     settings = agent_settings(args)
     if args.warmup is not None and args.schedule is None:
         raise ValueError("--warmup belongs to a --schedule: give one, such as constant")
@@ -119,14 +112,15 @@ def agent_from(args: argparse.Namespace, path: Path) -> Agent | Wrapper:
     world = {"regions": args.regions, "prompts": args.prompts_from}
     world |= {"reward": args.reward, "reward_kwargs": args.reward_kwargs}
     if args.resume:
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no {path} to go on from: leave out --resume")
-        agent: Agent | Wrapper = load(path, device=args.device, **settings)
-        agent.set_env(make_env(agent.policy, agent.prompts_per_update, **world))
+        if not checkpoints.paths():
+            raise FileNotFoundError(f"there is no checkpoint in {checkpoints.folder}: leave out --resume")
+        agent = checkpoints.load(
+            lambda agent: make_env(agent.policy, agent.prompts_per_update, **world), args.device, **settings
+        )
         agent.unwrapped.decoding = decoding_from(args, agent.decoding)
         return agent
-    if path.exists():
-        raise ValueError(f"{path} exists: go on from it with --resume, or choose another --out")
+    if checkpoints.paths():
+        raise ValueError(f"{checkpoints.folder} holds a run: go on from it with --resume, or choose another --out")
     policy = load_policy(args)
     common = {"decoding": decoding_from(args, Decoding()), "seed": args.seed, "device": policy.device}
     return registry.make(args.agent, make_env(policy, **world), policy, **common, **settings)
@@ -134,34 +128,44 @@ def agent_from(args: argparse.Namespace, path: Path) -> Agent | Wrapper:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    path = args.out / "agent.zip"
+    saves = CheckpointEvery(args.out / "checkpoints", args.save_every, args.save_total)
     with clear_errors():
-        agent = agent_from(args, path)
+        agent = agent_from(args, saves.checkpoints)
         evaluation = CurveAndBest(args.out / "best.safetensors", every=args.eval_every, prompts=args.eval_prompts)
         if args.resume:
             evaluation.go_on()
-    if agent.images_decoded >= args.images:
-        print(f"{path} has seen {agent.images_decoded} images: give a larger --images to go on")
+    steps = agent.timesteps(args.images) - agent.num_timesteps
+    if agent.images_decoded >= args.images or steps <= 0:
+        print(f"{args.out} has seen {agent.images_decoded} images: give a larger --images to go on")
         return 0
-    agent.set_logger(configure(str(args.out), ["tensorboard"]))
-    with Interrupt("Ctrl-C: finishing this update and saving; once more gives up") as interrupt:
+    with clear_errors():
+        agent.set_logger(open_logger(args.out, ["tensorboard"], agent.num_timesteps if args.resume else None))
+    with Interrupt("finishing this update and saving; once more gives up") as interrupt:
         callbacks: list[BaseCallback] = [
-            SaveEvery(args.save_every, path),
+            saves,
             evaluation,
             StopAfter(images=args.images),
-            StopOnInterrupt(interrupt),
+            StopOnSignal(interrupt),
             ImageBar(args.images, agent.name),
         ]
-        steps = agent.timesteps(args.images - agent.images_decoded)
         try:
             agent.learn(steps, callbacks, reset_num_timesteps=not args.resume)
-        except RuntimeError as error:  # such as a reward or a loss that is no finite number
-            sys.exit(f"error: {error}\n{path} holds the last checkpoint, intact: --resume goes on from it")
-        agent.logger.close()
-        agent.save(path)
-        agent.best_policy.save(args.out / "policy.safetensors")
-    print(f"{agent.images_decoded} images, {agent.n_updates} updates: {path}, {args.out / 'policy.safetensors'}")
+            agent.logger.close()
+            agent.save(args.out / "agent.zip")
+            agent.best_policy.save(args.out / "policy.safetensors")
+        except KeyboardInterrupt:
+            print(kept(saves.checkpoints), file=sys.stderr)
+            return INTERRUPTED
+        except (OSError, RuntimeError, TypeError) as error:  # a full disk, a loss or a reward that is no finite number
+            sys.exit(f"error: {error}\n{kept(saves.checkpoints)}")
+    print(f"{agent.images_decoded} images, {agent.n_updates} updates: {args.out}")
     return INTERRUPTED if interrupt.requested else 0
+
+
+def kept(checkpoints: Checkpoints) -> str:
+    """What is left after an error."""
+    paths = checkpoints.paths()
+    return f"{paths[0]} is intact: --resume goes on from it" if paths else "nothing was saved yet"
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ class TestRuns:
     def test_interrupted_and_gone_on(self, weights, module, tmp_path, monkeypatch, capsys):
         ablate, runs = module("ablate"), module("runs")
 
-        class CtrlC(runs.StopOnInterrupt):
+        class CtrlC(runs.StopOnSignal):
             """Presses it in the second run."""
 
             def _on_step(self):
@@ -164,7 +164,7 @@ class TestRuns:
 
         options = ["mp", *weights, *COMPARE, "--seeds", "0", "--out", str(tmp_path)]
         with monkeypatch.context() as patch:
-            patch.setattr(runs, "StopOnInterrupt", CtrlC)
+            patch.setattr(runs, "StopOnSignal", CtrlC)
             assert ablate.main(options) == 130
         told = capsys.readouterr()
         assert "0 (interrupted)" in told.out and "goes on with the runs that are missing" in told.out

@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_agent, tiny_policy, weights_of
 
-from agents import GRPO, load, registry
+from agents import GRPO, Checkpoints, Interrupt, load, registry
 from rewards import OCRReward, RewardOutput
 from var_env import ScaleSchedule, Tokenizer
 
@@ -330,7 +330,7 @@ class TestCompare:
         process.send_signal(signal.SIGINT)
         printed, told = process.communicate(timeout=60)
         assert process.returncode == 130, told
-        assert "Ctrl-C: finishing this update" in told and "Interrupted" in printed
+        assert "SIGINT: finishing this update" in told and "Interrupted" in printed
         (only,) = json.loads((tmp_path / "results.json").read_text())["runs"]
         assert not only["finished"] and 8 <= only["budget"]["images"] < 10**6
         assert len(only["prompts"]["reward"]) == 5
@@ -338,7 +338,7 @@ class TestCompare:
         assert (tmp_path / "before_after.png").is_file() and (tmp_path / "curves.png").is_file()
 
     def test_the_second_ctrl_c_is_immediate(self, module, capsys):
-        with module("common").Interrupt("noted") as interrupt:
+        with Interrupt("noted") as interrupt:
             os.kill(os.getpid(), signal.SIGINT)
             assert interrupt.requested
             with pytest.raises(KeyboardInterrupt):
@@ -437,8 +437,8 @@ class TestTrain:
         monkeypatch.setattr(OCRReward, "score", fail_later)
         options = [*weights, *TINY, "--eval-prompts", 2, "--save-every", 1, "--out", tmp_path]
         message = refused(module("train").main, *options)
-        assert "nan" in message and "agent.zip holds the last checkpoint, intact" in message
-        assert GRPO.load(tmp_path / "agent.zip", device="cpu").n_updates > 0
+        assert "nan" in message and "is intact: --resume goes on from it" in message
+        assert Checkpoints(tmp_path / "checkpoints").load(device="cpu").n_updates > 0
 
 
 class TestEvaluate:

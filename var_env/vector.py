@@ -115,6 +115,17 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
         self._seed(None)
         return tuple(self._seeds)
 
+    def set_random_states(self, states: Sequence[Mapping[str, Any]], seeds: Sequence[int | None]) -> None:
+        """Set each row's generator to a state that ``np_random[i].bit_generator.state`` gave, and the seed it had.
+
+        ``ValueError`` unless there is one a row.
+        """
+        if not len(states) == len(seeds) == self.num_envs:
+            raise ValueError(f"need {self.num_envs} states and seeds, one a row; got {len(states)} and {len(seeds)}")
+        self._generators, self._seeds = [seeding.np_random(0)[0] for _ in states], list(seeds)
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.bit_generator.state = dict(state)
+
     # The environment -------------------------------------------------------------------------------------------------
 
     def reset(

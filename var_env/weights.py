@@ -22,12 +22,23 @@ def save_module(module: nn.Module, path: str | Path, half: bool = False) -> None
     """Write a module's state dict, with its ``config`` in the metadata, to one safetensors file.
 
     ``half`` stores floating-point weights as bfloat16.
+
+    Raises:
+        OSError: it cannot be written, the disk being full for example.
     """
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
     if half:
         weights = {name: w.bfloat16() if w.is_floating_point() else w for name, w in weights.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path, metadata={"class": type(module).__name__, "config": json.dumps(module.config)})
+    write_tensors(path, weights, {"class": type(module).__name__, "config": json.dumps(module.config)})
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file of tensors on the CPU. ``OSError`` when it cannot be written."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # which is no OSError, even when the disk is full
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load_config_and_weights(path: str | Path, maker: str) -> tuple[dict, dict[str, Tensor]]:
