@@ -6,8 +6,11 @@ An algorithm subclasses `Agent` and writes `iterate`, one round of sampling and 
 from __future__ import annotations
 
 import copy
+import math
 import time
+import warnings
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +26,13 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from torch import Tensor
 
-from agents import checkpoint, logs
+from agents import checkpoint, logs, processes
 from agents.callbacks import SampleProgressBar
 from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
 from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs
-from agents.sampling import Decoding
+from agents.sampling import Decoding, SharedNoise
 from var_env.vector import VARTextVectorEnv
 from var_env.visual_tokenizer import VisualTokenizer
 
@@ -50,10 +53,14 @@ class Agent(BaseAlgorithm):
         policy: trained in place. "base" is the shipped policy; a path loads a file of its ``save``.
         env: an id, a single environment or a batched one, or ``None`` to only predict.
         group_size: G, pictures for each prompt.
-        prompts_per_update: P. The prompts of update u depend on the seed and on u alone, whatever the agent.
+        prompts_per_update: P, of all processes together. The prompts of update u depend on the seed and on u alone,
+            whatever the agent and the processes.
         learning_rate: AdamW's, a number or a function of the remaining progress, 1 to 0, such as those of
             ``agents/schedules.py``.
         max_grad_norm: the gradient is scaled down to this norm.
+        max_skipped: so many optimiser steps in a row may be skipped since their loss or gradient is not finite, before
+            training ends with an error; 0 ends it at once. A run that goes on from a checkpoint meets the same numbers
+            again, so without this one bad batch would be its end.
         ema_decay: keeps an exponential moving average of the weights, ``ema = decay ema + (1 - decay) policy`` after
             every optimiser step, which is then what is evaluated. ``None``: without.
         lora: options of ``policies.lora.add_lora``, such as ``{"r": 8}``: trains low-rank adapters and leaves the
@@ -69,10 +76,13 @@ class Agent(BaseAlgorithm):
     Attributes:
         num_timesteps: environment steps, one a grid and row. It alone starts again with ``learn()``'s
             ``reset_num_timesteps``; the rest count the agent's whole life, files included.
-        images_decoded, tokens_sampled, n_updates: pictures (reward calls), tokens, calls of ``update``.
+        images_decoded, tokens_sampled, n_updates: pictures (reward calls), tokens, calls of ``update``; of all
+            processes together.
+        skipped_steps: optimiser steps that were skipped, see ``max_skipped``.
         seconds: time in sampling, decoding, reward and update; callbacks do not count.
         reference: the frozen policy that the KL term holds on to, if the algorithm has one.
         ema: the averaged policy, if there is one.
+        processes: those that train this agent together, see ``agents/processes.py``.
     """
 
     policy: Policy  # type: ignore[assignment]
@@ -87,6 +97,7 @@ class Agent(BaseAlgorithm):
         prompts_per_update: int = 8,
         learning_rate: float | Schedule = 5e-5,
         max_grad_norm: float = 1.0,
+        max_skipped: int = 3,
         ema_decay: float | None = None,
         lora: Mapping[str, Any] | None = None,
         overlap: int = 1,
@@ -110,17 +121,21 @@ class Agent(BaseAlgorithm):
             seed=seed,
         )
         require_at_least(1, group_size=group_size, prompts_per_update=prompts_per_update, overlap=overlap)
+        require_at_least(0, max_skipped=max_skipped)
         if not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and below 1, got {ema_decay}")
-        self.policy = policy.to(self.device)
+        self.processes = processes.current()
+        # Sharded weights come to their devices in learn(): a whole copy may not fit there.
+        self.policy = policy if self.processes.shards else policy.to(self.device)
         self.policy.tokenizer.to(self.device)
         if lora is not None and _init_setup_model:  # one from a checkpoint has its adapters
             add_lora(self.policy, seed=seed or 0, **lora)
         self.reference: Policy | None = None
         self.ema: Policy | None = None
-        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
+        self.max_grad_norm, self.max_skipped, self.ema_decay = max_grad_norm, max_skipped, ema_decay
+        self.skipped_steps = self._skipped_in_a_row = 0
         self.group_size, self.prompts_per_update = group_size, prompts_per_update
         self.decoding, self.image_interval, self.overlap = decoding, image_interval, overlap
         self.images_decoded = self.tokens_sampled = self._rollouts = 0
@@ -150,7 +165,8 @@ class Agent(BaseAlgorithm):
     def set_random_seed(self, seed: int | None = None) -> None:
         """Seed the sampler, the prompts to come, and Python's, numpy's and torch's own generators."""
         if seed is None:
-            self.seed = int(np.random.SeedSequence().generate_state(1)[0])  # saved, so that a resumed run goes on
+            drawn = int(np.random.SeedSequence().generate_state(1)[0])  # saved, so that a resumed run goes on
+            self.seed = self.processes.broadcast(drawn)
         else:
             self.seed = seed
             utils.set_random_seed(seed, using_cuda=self.device.type == "cuda")
@@ -205,7 +221,7 @@ class Agent(BaseAlgorithm):
         self._bind(env)
 
     def _bind(self, env: Any) -> None:
-        envs = make_envs(env, self.prompts_per_update)
+        envs = make_envs(env, self.processes.share(self.prompts_per_update, "prompts_per_update"))
         if not same_tokenizer(self.policy.tokenizer, envs.tokenizer):
             raise ValueError(
                 "the policy and the environment use different tokenizers: make the environment with "
@@ -236,6 +252,10 @@ class Agent(BaseAlgorithm):
         """
         if self.env is None:
             raise ValueError("this agent has no environment to learn on: pass env= to load(), or call set_env()")
+        if not self.processes.is_first:
+            self.set_logger(Logger(None, []))
+            progress_bar = False
+        self._shard()
         total_timesteps, self.callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name or self.name, progress_bar
         )
@@ -247,12 +267,39 @@ class Agent(BaseAlgorithm):
                 self.iterate()
             except StopLearning:
                 break
+            except (MemoryError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise RuntimeError(self._out_of_memory(error)) from error
+                raise
+            self.seconds = self.processes.reduce([self.seconds], "max")[0]  # budgets end for all at once
             iteration += 1
             if iteration % log_interval == 0:
                 self.dump_logs(iteration)
         self.callback.on_training_end()
         self.callback = self._init_callback(None)
         return self
+
+    def _shard(self) -> None:
+        """Shard the policies and the optimiser's state, when that is asked for and not done yet."""
+        if not self.processes.shards:
+            return
+        before = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        for policy in (self.policy, self.reference, self.ema):
+            if policy is not None:
+                self.processes.shard(policy)
+        after = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        state = [self.optimizer.state[weight] for weight in before]
+        self.optimizer.param_groups[0]["params"] = after
+        self.optimizer.state = defaultdict(dict)
+        for weight, values in zip(after, state, strict=True):
+            if values:
+                self.optimizer.state[weight] = {k: processes.sharded_like(v, weight) for k, v in values.items()}
+
+    def _out_of_memory(self, error: BaseException) -> str:
+        return (
+            f"out of memory in update {self.n_updates + 1}: give a smaller micro_batch, which leaves the update as it "
+            f"is, or see docs/scaling.md ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        )
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         callbacks = super()._init_callback(callback)
@@ -271,7 +318,7 @@ class Agent(BaseAlgorithm):
             raise RuntimeError(f"sampling for update {self.n_updates + 1} failed, weights intact: {error}") from error
         self.callback.on_rollout_end()
         self.seconds += sum(rollout.seconds.values())
-        logs.record_rollout(self.logger, rollout)
+        logs.record_rollout(self.logger, rollout, self.processes)
         if self.image_interval and self.n_updates % self.image_interval == 0:
             logs.record_samples(self.logger, rollout)
         return rollout
@@ -284,8 +331,9 @@ class Agent(BaseAlgorithm):
         """`rollout.collect` with this agent's policy, environment, decoding and noise, its steps counted."""
         if self.env is None:
             raise ValueError("this agent has no environment: pass env= to load(), or call set_env()")
+        seed += self.processes.rank * self.env.num_envs  # row i of all processes has the seed + i
         how: dict[str, Any] = {
-            "generator": self.generator,
+            "generator": self._noise,
             "fork_at": fork_at,
             "keep_support": self.keeps_support,
             "on_step": self.on_env_step,
@@ -293,6 +341,12 @@ class Agent(BaseAlgorithm):
         if self.overlap > 1:
             return collect_in_parts(self.policy, self.env, group_size, self.decoding, self.overlap, seed, **how)
         return collect(self.policy, self.env, group_size, self.decoding, seed=seed, **how)
+
+    @property
+    def _noise(self) -> torch.Generator | SharedNoise:
+        """Where a rollout's noise comes from."""
+        together = self.processes
+        return self.generator if together.count == 1 else SharedNoise(self.generator, together.rank, together.count)
 
     @property
     def keeps_support(self) -> bool:
@@ -306,12 +360,12 @@ class Agent(BaseAlgorithm):
 
     def on_env_step(self, envs: VARTextVectorEnv) -> None:
         """Count a step of the sampling environments and tell the callback; ``StopLearning`` if it wants no more."""
-        complete = envs.t == len(envs.schedule)
-        self.num_timesteps += envs.num_envs
-        self.tokens_sampled += envs.num_envs * envs.schedule.sizes[envs.t - 1]
-        self.images_decoded += envs.num_envs if complete else 0
+        complete, rows = envs.t == len(envs.schedule), envs.num_envs * self.processes.count
+        self.num_timesteps += rows
+        self.tokens_sampled += rows * envs.schedule.sizes[envs.t - 1]
+        self.images_decoded += rows if complete else 0
         self.callback.update_locals({"envs": envs})
-        if not self.callback.on_step():
+        if self.processes.any(not self.callback.on_step()):
             self._stop = True
             if not complete:
                 raise StopLearning
@@ -329,7 +383,10 @@ class Agent(BaseAlgorithm):
             "time/time_elapsed": int(elapsed),
             "time/total_timesteps": self.num_timesteps,
         }
-        values |= {f"policy/{name}": value for name, value in self.policy.diagnostics().items()}
+        if not self.processes.shards:
+            values |= {f"policy/{name}": value for name, value in self.policy.diagnostics().items()}
+        if self.skipped_steps:
+            values["train/skipped_steps"] = self.skipped_steps
         for name, value in values.items():
             self.logger.record(name, value)
         self.logger.dump(self.num_timesteps)
@@ -346,29 +403,45 @@ class Agent(BaseAlgorithm):
         self.logger.record("train/n_updates", self.n_updates)
         self.logger.record("time/update", elapsed)
 
-    def optimizer_step(self) -> float:
-        """Clip the gradient, take the step, move the average; returns the gradient's norm.
+    def optimizer_step(self, loss: Tensor | None = None) -> float:
+        """Sum the gradient over processes, clip it, take the step, move the average; returns the gradient's norm.
+
+        When the gradient is not finite, or the loss if it is given, the step is skipped: the weights stay, a warning
+        tells, and what is returned is not finite.
 
         Raises:
-            RuntimeError: the gradient is not finite; the step is not taken.
+            RuntimeError: more than ``max_skipped`` steps in a row were not finite; the weights are as before them.
         """
+        self.processes.sum_gradients(self.policy.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        self.require_finite("gradient norm", norm)
+        size = processes.whole(norm).item()
+        total = 0.0 if loss is None else self.processes.reduce([loss.item()])[0]
+        if not (math.isfinite(size) and math.isfinite(total)):
+            self._skip("gradient norm" if math.isfinite(total) else "loss", size if math.isfinite(total) else total)
+            return math.nan
+        self._skipped_in_a_row = 0
         self.optimizer.step()
         if self.ema is not None:
             assert self.ema_decay is not None
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), list(self.policy.parameters()), 1 - self.ema_decay)
-        return norm.item()
+        return size
 
-    def require_finite(self, name: str, value: Tensor) -> None:
-        """``RuntimeError`` before a step is taken with a number that would ruin the weights."""
-        if not torch.isfinite(value):
-            self.optimizer.zero_grad()
+    def _skip(self, name: str, value: float) -> None:
+        """Count a step that would ruin the weights; ``RuntimeError`` when there were too many."""
+        self.optimizer.zero_grad()
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        told = (
+            f"the {name} of update {self.n_updates + 1} is {value}: the step was not applied and the weights are as "
+            "before it"
+        )
+        if self._skipped_in_a_row > self.max_skipped:
             raise RuntimeError(
-                f"the {name} of update {self.n_updates + 1} is {value.item()}: the step was not applied and the "
-                "weights are as before it; lower learning_rate, raise kl_coef, or load an earlier checkpoint"
+                f"{told}, the {self._skipped_in_a_row}. time in a row; lower learning_rate, raise kl_coef, or load an "
+                "earlier checkpoint"
             )
+        warnings.warn(f"{told}; training ends when more than {self.max_skipped} in a row are so", stacklevel=3)
 
     # Acting ----------------------------------------------------------------------------------------------------------
 
@@ -391,7 +464,7 @@ class Agent(BaseAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         own = ["reference", "ema", "outermost", "optimizer", "generator", "callback", "lr_schedule"]
-        own += ["_last_obs", "_last_episode_starts"]
+        own += ["_last_obs", "_last_episode_starts", "processes"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -421,6 +494,11 @@ class Agent(BaseAlgorithm):
         settings, such as ``learning_rate=1e-5``.
         """
         return checkpoint.load(path, env, device, custom_objects, cls, **kwargs)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out. Torch has a class for that on GPUs, and not on CPUs."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def frozen_copy(policy: Policy) -> Policy:

@@ -165,13 +165,18 @@ class BestCheckpoint(HeldOutEval):
             raise ValueError(f"unknown metric {self.metric!r}: choose one of {', '.join(means)}")
         sign = -1 if self.metric in LOWER_IS_BETTER else 1
         if self.best is None or sign * means[self.metric] > sign * self.best:
-            with replacing(self.path) as part:
-                self.model.best_policy.save(part)
+            self.model.processes.write(self.model.best_policy, self.write)
             self.best = means[self.metric]
             about = {"metric": self.metric, "value": self.best, "updates": self.model.n_updates, "split": self.split}
-            with replacing(self.path.with_suffix(".json")) as part:
-                part.write_text(json.dumps(about) + "\n")
+            if self.model.processes.is_first:
+                with replacing(self.path.with_suffix(".json")) as part:
+                    part.write_text(json.dumps(about) + "\n")
         self.logger.record(f"eval/best_{self.metric}", self.best)
+
+    def write(self) -> None:
+        """The best policy, to its file."""
+        with replacing(self.path) as part:
+            self.model.best_policy.save(part)
 
 
 class CheckpointEvery(AgentCallback):

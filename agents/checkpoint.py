@@ -21,13 +21,17 @@ from stable_baselines3.common.save_util import load_from_zip_file, open_path, sa
 from torch import Tensor
 
 from agents.files import replacing
+from agents.processes import whole_state
 
 if TYPE_CHECKING:
     from agents.base import Agent
 
 
 def write(agent: Agent, path: str | Path | BinaryIO, left_out: Collection[str]) -> None:
-    """Write an agent; ``.zip`` is added to a path without a suffix. A file that exists is replaced as a whole."""
+    """Write an agent; ``.zip`` is added to a path without a suffix. A file that exists is replaced as a whole.
+
+    Of several processes, all of which have to call it, the first one writes.
+    """
     data = {name: value for name, value in vars(agent).items() if name not in left_out}
     data["generator_state"] = agent.generator.get_state().numpy().tobytes()
     data["tokenizer_class"], data["agent_class"] = type(agent.policy.tokenizer), type(agent)
@@ -36,8 +40,13 @@ def write(agent: Agent, path: str | Path | BinaryIO, left_out: Collection[str]) 
     modules: dict[str, Any] = {"policy": agent.policy, "tokenizer": agent.policy.tokenizer}
     modules |= {name: getattr(agent, name) for name in ("reference", "ema") if getattr(agent, name) is not None}
     states = [name for name in agent._get_torch_save_params()[0] if name not in modules]  # the optimiser, a critic
+    params = {name: whole_state(getattr(agent, name).state_dict()) for name in states}
+    if not agent.processes.is_first:
+        for module in modules.values() if agent.processes.shards else ():
+            module.state_dict()
+        return
     buffer = io.BytesIO()
-    save_to_zip_file(buffer, data=data, params={name: getattr(agent, name).state_dict() for name in states})
+    save_to_zip_file(buffer, data=data, params=params)
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(buffer, "a") as archive:
         for name, module in modules.items():
             file = Path(folder) / f"{name}.safetensors"
@@ -86,7 +95,7 @@ def load(
 class Saved(NamedTuple):
     """An agent taken apart."""
 
-    agent_class: type
+    agent_class: Any
     settings: dict[str, Any]  # and counters
     wrappers: list[tuple[type, dict[str, Any]]]  # from the inside out, with their options
     states: dict[str, Any]  # state dicts, of the optimiser and the like

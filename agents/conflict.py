@@ -209,6 +209,8 @@ class ConflictProbe(AgentCallback):
         """Measure now, and record."""
         agent = self.model
         assert isinstance(agent, GRPO) and agent.env is not None
+        if agent.processes.shards:
+            raise ValueError("ConflictProbe needs whole gradients, and FSDP shards them: leave it out")
         rollout = collect(
             agent.policy,
             resized(agent.env, self.prompts),

@@ -16,6 +16,7 @@ from the sampler, whose distribution is another one under guidance or truncation
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -177,7 +178,7 @@ class GRPO(Agent):
         batches, wanted = 1, len(rollout.scores)
         kept = [rollout.groups(self.policy, ~losses.zero_variance(rollout.scores))]
         while self.dynamic_sampling == "resample" and not self._stop and batches < self.max_batches:
-            if sum(len(part.scores) for part in kept) >= wanted:
+            if not self.processes.any(sum(len(part.scores) for part in kept) < wanted):
                 break
             try:
                 more = super().sample()
@@ -218,7 +219,9 @@ class GRPO(Agent):
 
     def advantages(self, rollout: Rollout, steps: range) -> Tensor:
         """How much better than expected each row is, ``(B,)``, or each of its tokens, ``(B, n)``: the algorithm's."""
-        return losses.group_advantages(rollout.scores, self.advantage_eps, scale=self.advantage_scale).flatten()
+        scores = self.processes.gather(rollout.scores)  # "batch" looks at all of them
+        advantages = losses.group_advantages(scores, self.advantage_eps, scale=self.advantage_scale)
+        return self.processes.mine(advantages, len(rollout.scores)).flatten()
 
     def token_advantages(self, rollout: Rollout, steps: range) -> Tensor:
         """A hook of the wrappers: the advantage of each token of ``steps``, ``(B, n)``."""
@@ -252,35 +255,43 @@ class GRPO(Agent):
         with self.updating():
             seen, norms = self.descend(rollout, advantages.to(self.device), steps)
         if self.refresh_reference and self.n_updates % self.refresh_reference == 0 and self.reference is not None:
-            self.reference.load_state_dict(self.policy.state_dict())
-        logs.record_update(self.logger, seen, len(norms), steps, self.policy.schedule, self)
-        self.logger.record("train/grad_norm", sum(norms) / len(norms))
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.reference.parameters()), list(self.policy.parameters()))
+        if norms:  # or all steps were skipped
+            logs.record_update(self.logger, seen, len(norms), steps, self.policy.schedule, self)
+            self.logger.record("train/grad_norm", sum(norms) / len(norms))
         self.logger.record("train/optimizer_steps", len(norms))
 
     def descend(self, rollout: Rollout, advantages: Tensor, steps: range) -> tuple[list[logs.Tokens], list[float]]:
         """The optimiser steps of an update: what they saw at their tokens, and the norms of their gradients."""
-        rows = len(advantages)
-        weights = self.outermost.token_weights(rollout, steps)
+        rows, together = len(advantages), self.processes
+        weights = TokenWeights(*(together.gather(part) for part in self.outermost.token_weights(rollout, steps)))
+        before = together.rows_before(rows)  # of the rows of all processes, which the minibatches are made of
         one_step = self.epochs == self.minibatches == 1  # the policy of the loss is then the one that sampled
         old = None if one_step else self.old_log_probs(rollout, steps)  # (B, n)
         seen: list[logs.Tokens] = []
         norms: list[float] = []
-        for minibatch in self.minibatch_rows(rows, shuffle=not one_step):
-            shares = self.aggregate(weights.rows(minibatch), steps)  # (b, n)
+        for minibatch in self.minibatch_rows(len(weights.policy), shuffle=not one_step):
+            own = ((minibatch >= before) & (minibatch < before + rows)).nonzero().flatten()
+            shares = self.aggregate(weights.rows(minibatch), steps).rows(own)  # (b, n)
+            mine = minibatch[own] - before
             here: list[logs.Tokens] = []
+            total = torch.zeros((), device=self.device)
             self.optimizer.zero_grad()
-            for part in self.places_to_learn(advantages[minibatch]).split(self.micro_batch or rows):
-                micro = minibatch[part]
-                before = None if old is None else old[micro]
-                loss, tokens = self.loss(rollout, micro, advantages[micro], shares.rows(part), before, steps)
-                self.require_finite("loss", loss)
-                loss.backward()
+            for part in self.in_pieces(self.places_to_learn(advantages[mine])):
+                micro = mine[part]
+                given = None if old is None else old[micro]
+                loss, tokens = self.loss(rollout, micro, advantages[micro], shares.rows(part), given, steps)
+                together.scaled(loss).backward()
+                total += loss.detach()
                 here.append(tokens)
-            if self.target_kl is not None and norms and logs.approx_kl(here) > 1.5 * self.target_kl:
+            if self.target_kl is not None and norms and logs.approx_kl(here, together) > 1.5 * self.target_kl:
                 self.optimizer.zero_grad()
                 break
-            norms.append(self.optimizer_step())
-            seen += here
+            norm = self.optimizer_step(total)
+            if math.isfinite(norm):
+                norms.append(norm)
+                seen += here
         return seen, norms
 
     def loss(
@@ -350,10 +361,20 @@ class GRPO(Agent):
         """Log-probabilities before the first optimiser step, ``(B, n)``."""
         return self.in_micro_batches(lambda rows: self.log_probs(self.policy, rollout, rows, steps).logp, rollout)
 
-    def in_micro_batches(self, function: Callable[[Tensor], Tensor], rollout: Rollout) -> Tensor:
-        """A function of rows, int64 ``(b,)``, over all B of them."""
-        rows = torch.arange(len(rollout.scenes), device=self.device)
-        return torch.cat([function(part) for part in rows.split(self.micro_batch or len(rows))])
+    def in_micro_batches(
+        self, function: Callable[[Tensor], Tensor], rollout: Rollout, rows: Tensor | None = None
+    ) -> Tensor:
+        """A function of rows, int64 ``(b,)``, over some of them; by default over all B."""
+        rows = torch.arange(len(rollout.scenes), device=self.device) if rows is None else rows
+        return torch.cat([function(part) for part in self.in_pieces(rows)])
+
+    def in_pieces(self, rows: Tensor) -> list[Tensor]:
+        """Rows in micro-batches. With sharded weights, which all processes compute with together, there are as many in
+        each process, some of them perhaps empty."""
+        pieces = list(rows.split(self.micro_batch or max(len(rows), 1))) if len(rows) else []
+        if self.processes.shards:
+            pieces += [rows[:0]] * (self.processes.most(len(pieces)) - len(pieces))
+        return pieces
 
     def minibatch_rows(self, rows: int, shuffle: bool) -> Iterator[Tensor]:
         """The rows of each optimiser step of an update, epoch after epoch."""

@@ -20,8 +20,9 @@ from stable_baselines3.common.logger import (
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from agents import pictures
+from agents import pictures, processes
 from agents.losses import per_grid
+from agents.processes import Processes
 from agents.rollout import Rollout
 from var_env.schedule import ScaleSchedule
 
@@ -39,7 +40,11 @@ def open_logger(folder: str | Path, formats: Sequence[str], step: int | None = N
         formats: "stdout", "log", "json", "csv", "tensorboard".
         step: of a run that goes on, ``num_timesteps`` of its checkpoint. What "csv" and "tensorboard" logged after it
             is taken back, since it will be logged again; the other files begin anew.
+
+    Of several processes the first one logs, and the others get a logger that writes nothing.
     """
+    if not processes.current().is_first:
+        return Logger(None, [])
     Path(folder).mkdir(parents=True, exist_ok=True)
     kinds = {"csv": ContinuedCSV, "tensorboard": ContinuedTensorBoard}
     writers: list[KVWriter] = [
@@ -98,9 +103,9 @@ def by_band(schedule: ScaleSchedule, steps: range, values: Sequence[float]) -> d
     return found
 
 
-def record_rollout(logger: Logger, rollout: Rollout) -> None:
-    """``rollout/``: reward, its spread and parts; ``time/``: the phases of sampling."""
-    for name, value in rollout.summary().items():
+def record_rollout(logger: Logger, rollout: Rollout, together: Processes) -> None:
+    """``rollout/``: reward, its spread and parts, over all processes; ``time/``: the phases of sampling."""
+    for name, value in rollout.summary(together).items():
         logger.record_mean(f"rollout/{name}", value)  # over all that were sampled since the last line of the log
     for phase, seconds in rollout.seconds.items():
         logger.record_mean(f"time/{phase}", seconds)
@@ -134,10 +139,10 @@ class Tokens(NamedTuple):
     behaviour_gap: Tensor  # log sampler - log old policy
 
 
-def approx_kl(seen: Sequence[Tokens]) -> float:
+def approx_kl(seen: Sequence[Tokens], together: Processes = Processes()) -> float:  # noqa: B008 (alone)
     """KL of the policy that sampled to the present one, a mean over tokens: k3 the other way round."""
-    ratio = torch.cat([tokens.ratio for tokens in seen])
-    return ((ratio - 1) - ratio.log()).mean().item()
+    values = [((tokens.ratio - 1) - tokens.ratio.log()).double() for tokens in seen]
+    return together.mean(sum(part.sum().item() for part in values), sum(part.numel() for part in values))
 
 
 def record_update(
@@ -145,40 +150,46 @@ def record_update(
 ) -> None:
     """``train/``: the losses that were minimised and their diagnosis; ``scale/``: the same for each scale of ``steps``.
 
-    Losses are means over the optimiser steps. Rows with nothing to learn may be missing in ``seen``.
+    Losses are means over the optimiser steps. Rows with nothing to learn may be missing in ``seen``. Of all processes.
     """
-    tokens = Tokens(*(torch.cat(part) for part in zip(*seen, strict=True)))
-    has_kl, has_bonus = bool(tokens.kl_weight.any()), bool(tokens.entropy_weight.any())
+    nothing = Tokens(*[torch.zeros(0, sum(schedule.sizes[t] for t in steps), device=agent.device)] * 8)
+    tokens = Tokens(*(torch.cat(part).double() for part in zip(nothing, *seen, strict=True)))  # (b, n)
     terms = {
         "policy_loss": tokens.policy_weight * tokens.policy_loss,
         "kl_loss": tokens.kl_weight * tokens.kl,
         "entropy_loss": -tokens.entropy_weight * tokens.entropy,
-    }  # (B, n)
-    means = {name: part.sum() / optimizer_steps for name, part in terms.items()}
+    }  # (b, n)
     ratio, high = tokens.ratio, agent.clip_range if agent.clip_range_high is None else agent.clip_range_high
-    values = {
-        "train/loss": sum(means.values(), start=torch.zeros(())),
-        "train/policy_loss": means["policy_loss"],
-        "train/entropy": tokens.entropy.mean(),
-        "train/clip_fraction": ((ratio < 1 - agent.clip_range) | (ratio > 1 + high)).float().mean(),
-        "train/ratio_mean": ratio.mean(),
-        "train/ratio_min": ratio.min(),
-        "train/ratio_max": ratio.max(),
-        "rollout/behaviour_gap": tokens.behaviour_gap.mean(),
-    }
-    if has_kl:
-        values |= {"train/kl": tokens.kl.mean(), "train/kl_loss": means["kl_loss"]}
-    if has_bonus:
-        values["train/entropy_loss"] = means["entropy_loss"]
+    averaged = {
+        "train/entropy": tokens.entropy,
+        "train/clip_fraction": (ratio < 1 - agent.clip_range) | (ratio > 1 + high),
+        "train/ratio_mean": ratio,
+        "train/kl": tokens.kl,
+        "rollout/behaviour_gap": tokens.behaviour_gap,
+    }  # (b, n)
     names, sizes = zip(*bands_of(schedule, steps), strict=True)
-    size = torch.stack([part.abs() for part in terms.values()]).sum(0)  # (B, n)
-    share = per_grid(size, sizes).sum(0)  # (bands,)
-    share = share / share.sum().clamp(min=1e-12)
-    entropy, kl = (per_grid(part, sizes).mean(0) / torch.tensor(sizes).to(part) for part in (tokens.entropy, tokens.kl))
+    size = torch.stack([part.abs() for part in terms.values()]).sum(0)  # (b, n)
+    by_name = torch.stack([per_grid(part, sizes).sum(0) for part in (size, tokens.entropy, tokens.kl)])  # (3, bands)
+    sums = [ratio.numel(), *(part.double().sum().item() for part in (*terms.values(), *averaged.values()))]
+    reduced = agent.processes.reduce([*sums, *by_name.flatten().tolist()])
+    losses, means = reduced[1:4], [value / max(reduced[0], 1) for value in reduced[4:9]]
+    shares, entropies, kls = torch.tensor(reduced[9:]).view(3, -1)
+    extremes = [-ratio.min().item(), ratio.max().item()] if ratio.numel() else [-math.inf, -math.inf]
+    extremes += [float(bool(part.any())) for part in (tokens.kl_weight, tokens.entropy_weight)]
+    low, top, has_kl, has_bonus = agent.processes.reduce(extremes, "max")
+    values = {f"train/{name}": total / optimizer_steps for name, total in zip(terms, losses, strict=True)}
+    values |= {"train/loss": sum(values.values()), **dict(zip(averaged, means, strict=True))}
+    values |= {"train/ratio_min": -low, "train/ratio_max": top, "train/approx_kl": approx_kl(seen, agent.processes)}
+    rows = max(reduced[0] / sum(sizes), 1)
+    share = shares / shares.sum().clamp(min=1e-12)
     for i, name in enumerate(names):
-        values |= {f"scale/entropy_{name}": entropy[i], f"scale/loss_share_{name}": share[i]}
-        if has_kl:
-            values[f"scale/kl_{name}"] = kl[i]
-    logger.record("train/approx_kl", approx_kl(seen))
+        values |= {
+            f"scale/entropy_{name}": entropies[i].item() / (rows * sizes[i]),
+            f"scale/loss_share_{name}": share[i].item(),
+            f"scale/kl_{name}": kls[i].item() / (rows * sizes[i]),
+        }
+    missing = [] if has_kl else ["train/kl", "train/kl_loss", *(f"scale/kl_{name}" for name in names)]
+    missing += [] if has_bonus else ["train/entropy_loss"]
     for key, value in values.items():
-        logger.record(key, value.item())
+        if key not in missing:
+            logger.record(key, value)

@@ -164,11 +164,17 @@ class PPO(GRPO):
 
     def advantages(self, rollout: Rollout, steps: range) -> Tensor:
         """Each grid's advantage for all of its tokens, ``(B, n)``, normalised over the B * T grids."""
-        _, advantages, _ = self.estimates(rollout)  # (B, T)
+        _, advantages, _ = self.estimates(self.of_all(rollout))  # (B, T)
         centred = advantages - advantages.mean()
         scaled = losses.ADVANTAGE_SCALES[self.advantage_scale](centred, advantages, self.advantage_eps, 1)  # (B, T)
         sizes = torch.tensor([self.policy.schedule.sizes[t] for t in steps], device=scaled.device)
-        return scaled.repeat_interleave(sizes, 1)
+        return self.processes.mine(scaled, len(rollout.scenes)).repeat_interleave(sizes, 1)
+
+    def of_all(self, rollout: Rollout) -> Rollout:
+        """A judged rollout with the features and scores of all processes, which fit the same critic to them."""
+        assert rollout.features is not None, "judge() it first"
+        gather = self.processes.gather
+        return replace(rollout, features=gather(rollout.features), scores=gather(rollout.scores))
 
     @torch.no_grad()
     def estimates(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,6 +195,7 @@ class PPO(GRPO):
     def fit_critic(self, rollout: Rollout) -> None:
         """Fit the critic to the returns of a judged rollout. The explained variance is that before it."""
         start = time.perf_counter()
+        rollout = self.of_all(rollout)
         values, _, returns = self.estimates(rollout)
         assert rollout.features is not None
         update_learning_rate(self.critic_optimizer, self.critic_learning_rate)  # one given to load() holds

@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from agents import stored
+from agents import processes, stored
 from agents.checkpoint import Saved, rebuild
 from agents.files import replacing
 from agents.policies import load_policy
@@ -88,24 +88,25 @@ class Checkpoints:
             OSError: it could not be written; the earlier ones are as they were.
             TypeError: a setting of the agent cannot be stored; see ``agents/stored.py``.
         """
-        path = self.folder / f"checkpoint-{agent.n_updates:08}"
-        with replacing(path) as part:
-            write(agent, part)
-            if path.exists():  # of the same update, such as one that was too damaged to go on from
-                shutil.rmtree(path)
-        for old in self.paths()[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+        path, together = self.folder / f"checkpoint-{agent.n_updates:08}", agent.unwrapped.processes
+        if together.is_first:
+            with replacing(path) as part:
+                write(agent, part)
+                if path.exists():  # of the same update
+                    shutil.rmtree(path)
+            for old in self.paths()[self.keep :]:
+                shutil.rmtree(old, ignore_errors=True)
+        elif together.shards:
+            take_part(agent)
+        together.barrier()
         return path
 
-    def load(self, env: Any = None, device: torch.device | str = "auto", **replaced: Any) -> Agent | Wrapper:
-        """The agent of the newest checkpoint that is whole, ready to go on. A damaged one is warned of and set aside.
-
-        Args:
-            env, device, replaced: as in `load`.
+    def newest(self) -> Path:
+        """The newest checkpoint that is whole. A damaged one is warned of and set aside.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            ValueError: all of them are damaged; or what `load` raises.
+            ValueError: all of them are damaged.
         """
         paths = self.paths()
         if not paths:
@@ -115,14 +116,28 @@ class Checkpoints:
         for path in paths:
             try:
                 verify(path)
+                return path
             except ValueError as error:
                 aside = path.with_name(f"damaged-{path.name}")
-                warnings.warn(f"{error}; set aside as {aside.name}, the one before it is used", stacklevel=2)
+                warnings.warn(f"{error}; set aside as {aside.name}, the one before it is used", stacklevel=3)
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-            else:
-                return load(path, env, device, **replaced)
         raise ValueError(f"all checkpoints in {self.folder} are damaged: start again, or go on from an agent's zip")
+
+    def load(self, env: Any = None, device: torch.device | str = "auto", **replaced: Any) -> Agent | Wrapper:
+        """The agent of the `newest` checkpoint, ready to go on; in every process of a run.
+
+        Args:
+            env, device, replaced: as in `load`.
+
+        Raises:
+            FileNotFoundError, ValueError: as in `newest` and `load`.
+        """
+        together = processes.current()
+        path = self.newest() if together.is_first else None
+        path = together.broadcast(path)
+        assert path is not None
+        return load(path, env, device, **replaced)
 
 
 def updates_of(path: Path) -> int:
@@ -139,8 +154,7 @@ def write(agent: Agent | Wrapper, folder: Path) -> None:
     """All that a run needs to go on, into a new folder. ``OSError`` or ``TypeError`` as in `Checkpoints.save`."""
     core = agent.unwrapped
     folder.mkdir(parents=True)
-    modules = {name: getattr(core, name) for name in ("policy", "reference", "ema") if getattr(core, name) is not None}
-    for name, module in {**modules, "tokenizer": core.policy.tokenizer}.items():
+    for name, module in modules_of(core).items():
         module.save(folder / f"{name}.safetensors")
     tensors: dict[str, Tensor] = {}
     content = state_of(core, tensors)
@@ -148,6 +162,19 @@ def write(agent: Agent | Wrapper, folder: Path) -> None:
     (folder / "state.json").write_text(json.dumps(content, indent=1) + "\n")
     sums = "".join(f"{digest(file)}  {file.name}\n" for file in sorted(folder.iterdir()))
     (folder / SUMS).write_text(sums)
+
+
+def take_part(agent: Agent | Wrapper) -> None:
+    """What a process has to do while the first one writes, where each holds a part of the weights."""
+    for module in modules_of(agent.unwrapped).values():
+        module.state_dict()
+    state_of(agent.unwrapped, {})
+
+
+def modules_of(agent: Agent) -> dict[str, Any]:
+    """The policies that there are, and the tokenizer."""
+    found = {name: getattr(agent, name) for name in ("policy", "reference", "ema") if getattr(agent, name) is not None}
+    return {**found, "tokenizer": agent.policy.tokenizer}
 
 
 def state_of(agent: Agent, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -201,7 +228,7 @@ def verify(path: str | Path) -> None:
         raise FileNotFoundError(f"there is no checkpoint at {path}")
     try:
         lines = (path / SUMS).read_text().splitlines()
-        sums = dict(reversed(line.split("  ", 1)) for line in lines)  # name to sum
+        sums = {name: found for found, name in (line.split("  ", 1) for line in lines)}
         for name in sorted({"policy.safetensors", "tokenizer.safetensors", "state.json", "state.safetensors", *sums}):
             if digest(path / name) != sums.get(name):
                 raise ValueError(f"{name} is not what was written")

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from agents.losses import zero_variance
 from agents.policies.base import Policy
-from agents.sampling import Decoding, draw
+from agents.processes import Processes
+from agents.sampling import Decoding, SharedNoise, draw
 from rewards.base import HasWords, Reward, RewardOutput
 from rewards.pool import RewardPool
 from var_env import mdp
@@ -181,16 +182,22 @@ class Rollout:
             regions=found.regions,
         )
 
-    def summary(self) -> dict[str, float]:
-        """Scalars to log: the reward's mean and spread, its parts where they apply, and the sampler's tail."""
-        returns, groups = self.returns.double(), self.scores.double().std(1, correction=0)
-        applicable = {name: values[~np.isnan(values)] for name, values in self.parts.items()}
+    def summary(self, processes: Processes = Processes()) -> dict[str, float]:  # noqa: B008 (alone)
+        """Scalars to log: the reward's mean and spread, its parts where they apply, and the sampler's tail.
+
+        Over the rollouts of all processes, each of which has to call it.
+        """
+        returns, scores = processes.gather(self.returns).double(), processes.gather(self.scores)
+        groups = scores.double().std(1, correction=0)
+        parts = {name: processes.gather(torch.as_tensor(self.parts[name])).numpy() for name in sorted(self.parts)}
+        applicable = {name: parts[name][~np.isnan(parts[name])] for name in self.parts}
+        tail = torch.cat(self.tail_mass, 1)  # (B, L, D)
         return {
             "reward": returns.mean().item(),
             "reward_std": returns.std(correction=0).item(),
             "reward_std_in_group": groups.mean().item(),
-            "zero_variance_groups": zero_variance(self.scores).double().mean().item(),
-            "tail_mass": torch.cat(self.tail_mass, 1).mean().item(),
+            "zero_variance_groups": zero_variance(scores).double().mean().item(),
+            "tail_mass": processes.mean(tail.double().sum().item(), tail.numel()),
             **{name: float(values.mean()) for name, values in applicable.items() if values.size},
         }
 
@@ -280,7 +287,7 @@ def unroll(
     caches: Caches,
     steps: range,
     decoding: Decoding,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | SharedNoise | None = None,
     keep_support: bool = False,
     on_step: Callable[[VARTextVectorEnv], None] | None = None,
 ) -> Trail:
@@ -322,7 +329,7 @@ def collect(
     envs: VARTextVectorEnv,
     group_size: int,
     decoding: Decoding,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | SharedNoise | None = None,
     *,
     fork_at: tuple[int, int] | Forks | None = None,
     scenes: Sequence[Scene] | None = None,

@@ -57,8 +57,35 @@ class Draw(NamedTuple):
     support: Tensor | None  # (B, n, D, V) bool, the codes that could be drawn; None when all
 
 
+class SharedNoise(NamedTuple):
+    """A generator that several processes have in the same state, of which each draws its share of the rows.
+
+    On a CPU each draws the noise of all rows and takes its own, so that pictures do not depend on the processes. On a
+    GPU that would be V numbers a token; there each process has a generator of its own, seeded from the shared one.
+    """
+
+    generator: torch.Generator
+    rank: int
+    processes: int
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers from 0 to 1 for this process's rows."""
+        rows = shape[0]
+        everything = torch.rand(self.processes * rows, *shape[1:], generator=self.generator)
+        return everything[self.rank * rows : (self.rank + 1) * rows]
+
+    def own(self) -> torch.Generator:
+        """A new generator of this process alone."""
+        device = self.generator.device
+        seed = torch.randint(2**62, (), generator=self.generator, device=device).item()
+        return torch.Generator(device).manual_seed(int(seed) + self.rank)
+
+
 def draw(
-    logits: Tensor, null_logits: Tensor | None, decoding: Decoding, generator: torch.Generator | None = None
+    logits: Tensor,
+    null_logits: Tensor | None,
+    decoding: Decoding,
+    generator: torch.Generator | SharedNoise | None = None,
 ) -> Draw:
     """Draw one code for each place from logits ``(B, n, D, V)``, which stay as they are.
 
@@ -96,14 +123,17 @@ def _support(scores: Tensor, decoding: Decoding) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, keep)
 
 
-def _pick(p: Tensor, generator: torch.Generator | None) -> Tensor:
+def _pick(p: Tensor, generator: torch.Generator | SharedNoise | None) -> Tensor:
     """One index from each distribution ``(..., V)``."""
     if not torch.isfinite(p.sum()):
         raise RuntimeError("the policy's logits are not finite: its weights are damaged, load an earlier checkpoint")
     if p.device.type != "cpu":
+        generator = generator.own() if isinstance(generator, SharedNoise) else generator
         return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
     # The inverse of the cumulative distribution, five times as fast as multinomial on a CPU. A code of probability 0
     # cannot be the first whose cumulative sum exceeds u (on a GPU, where sums associate otherwise, it could).
     cdf = p.cumsum(-1)
-    u = torch.rand(*p.shape[:-1], 1, generator=generator) * cdf[..., -1:]
+    shape = (*p.shape[:-1], 1)
+    u = generator.uniform(*shape) if isinstance(generator, SharedNoise) else torch.rand(*shape, generator=generator)
+    u = u * cdf[..., -1:]
     return torch.searchsorted(cdf, u, right=True).squeeze(-1)

@@ -31,6 +31,8 @@ sample itself in the denominator of eq. 6 and not in the numerator.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +40,7 @@ from torch import Tensor
 from agents import logs
 from agents.base import require_choice
 from agents.grpo import GRPO, TokenWeights
+from agents.policies.base import Policy
 from agents.registry import register
 from agents.rollout import Rollout
 from agents.wrapper import Wrapper
@@ -253,12 +256,15 @@ class EntropyReward(Wrapper):
         rows = top.flatten().nonzero().flatten().to(agent.device)
         found = []
         for policy in (agent.policy, agent.require_reference()):
-            parts = rows.split(agent.micro_batch or len(rows))
-            means = [agent.log_probs(policy, rollout, part, steps).entropy.mean(1) for part in parts]  # eq. 10
+            means = agent.in_micro_batches(partial(self.mean_entropies, policy, rollout, steps), rollout, rows)
             entropy = torch.zeros_like(rollout.scores)
-            entropy[top] = torch.cat(means).to(entropy)
+            entropy[top] = means.to(entropy)
             found.append(entropy)
         return found[0], found[1]
+
+    def mean_entropies(self, policy: Policy, rollout: Rollout, steps: range, rows: Tensor) -> Tensor:
+        """Of some rows, ``(b,)``, eq. 10."""
+        return self.unwrapped.log_probs(policy, rollout, rows, steps).entropy.mean(1)
 
 
 def require_not_negative(**options: float) -> None:

@@ -21,6 +21,7 @@ import torch
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from torch import Tensor
 
+from agents.processes import whole
 from agents.registry import Registry
 from agents.sampling import Decoding
 from agents.schedules import WarmupCosine, WarmupLinear
@@ -52,7 +53,7 @@ def encode(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     if isinstance(value, np.ndarray):
         return {"array": encode(torch.from_numpy(value.copy()), tensors, name)}
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = whole(value).contiguous()
         return {"tensor": name}
     if isinstance(value, list | tuple):
         items = [encode(item, tensors, f"{name}.{i}") for i, item in enumerate(value)]
@@ -92,7 +93,7 @@ def decode(content: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: decode(item, tensors) for key, item in inside.items()}
     if kind == "pairs":
         return {decode(key, tensors): decode(item, tensors) for key, item in inside}
-    cls = STORABLE[kind]
+    cls: Any = STORABLE[kind]
     found = cls.__new__(cls)
     found.__dict__.update({key: decode(item, tensors) for key, item in inside.items()})  # frozen ones, too
     return found

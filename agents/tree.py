@@ -188,7 +188,7 @@ class TreeGRPO(GRPO):
 
     def advantages(self, rollout: Rollout, steps: range) -> Tensor:
         """That of each token's node, ``(B, n)``. A rollout that was drawn with other forks is judged by those."""
-        scores, group_size = rollout.scores.double(), rollout.scores.shape[1]  # (P, G)
+        scores, group_size = self.processes.gather(rollout.scores).double(), rollout.scores.shape[1]  # (P, G)
         later = [k for _, k in rollout.forks]
         branching = [group_size // math.prod(later), *later]
         values = node_values(scores, branching, self.eta)
@@ -205,7 +205,8 @@ class TreeGRPO(GRPO):
         advantages = scale(centred.flatten(1), scores, self.advantage_eps, 1).view_as(centred)
         advantages = advantages.masked_fill(losses.zero_variance(scores)[:, None, None], 0.0)
         levels = [sum(m <= t for m, _ in rollout.forks) for t in steps for _ in range(self.policy.schedule.sizes[t])]
-        return advantages[:, levels].transpose(1, 2).flatten(0, 1).float()  # from (P, n, G)
+        advantages = advantages[:, levels].transpose(1, 2)  # (P, G, n)
+        return self.processes.mine(advantages, len(rollout.scores)).flatten(0, 1).float()
 
     def record(self, values: Sequence[Tensor], branching: Sequence[int]) -> None:
         """Log the spread of siblings at each level."""

@@ -147,10 +147,12 @@ class VMR(GRPO):
         rollout = self.sample()
         self.learn_from(rollout, everything[:m] if stage == "prefix" else everything[m:])
         self.logger.record("vmr/suffix_update", float(stage == "suffix"))
-        self.logger.record(f"vmr/{stage}_std_in_group", rollout.scores.std(1, correction=0).mean().item())
+        self.logger.record(
+            f"vmr/{stage}_std_in_group", self.processes.gather(rollout.scores).std(1, correction=0).mean().item()
+        )
         if self.split_rule is not None:
             if stage == "prefix":
-                self.split_rule.observe(m, rollout.returns)
+                self.split_rule.observe(m, self.processes.gather(rollout.returns))
             self._record_split(m, self.split_rule)
 
     def _record_split(self, m: int, rule: SplitRule) -> None:

@@ -8,9 +8,9 @@
 
 An agent is an algorithm and wrappers around it, from the inside out, joined by "+"; compare.py --agents lists them.
 
-In --out: TensorBoard events, checkpoints/ (one every --save-every updates, of which the newest --save-total are kept: all
-that --resume needs), policy.safetensors, best.safetensors, the policy with the best word accuracy on held-out prompts,
-which is not what it was trained on, and at the end agent.zip, for ``agents.load``.
+In --out: TensorBoard events, checkpoints/ (one every --save-every updates, the newest --save-total: all that --resume
+needs), policy.safetensors, best.safetensors, the policy with the best word accuracy on held-out prompts, which is not
+what it was trained on, and at the end agent.zip, for ``agents.load``.
 ``python examples/evaluate.py --policy runs/first/policy.safetensors`` measures the result.
 
 Ctrl-C, and the SIGTERM of a cluster, finish the update and save; --resume then goes on as if nothing had happened, bit

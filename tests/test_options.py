@@ -544,7 +544,7 @@ class TestTargetKL:
 
     def test_the_bound_is_one_and_a_half_times_the_target(self, parts, tmp_path, monkeypatch):
         values = [0.0149, 0.0151]  # before the second step, before the third
-        monkeypatch.setattr(logs, "approx_kl", lambda seen: values.pop(0) if values else 0.0)
+        monkeypatch.setattr(logs, "approx_kl", lambda *_: values.pop(0) if values else 0.0)
         assert self.steps_taken(parts, tmp_path, target_kl=0.01)[0] == 2
 
     def test_the_estimate(self, parts):

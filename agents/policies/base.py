@@ -49,6 +49,7 @@ class Policy(nn.Module, ABC):
     config: dict[str, Any]
     lora_targets: Sequence[str] = ()  # linear layers that `add_lora` gives adapters by default
     always_trained: Sequence[str] = ()  # parameters that learn beside the adapters
+    sharded_layers: Sequence[str] = ()  # classes of layers whose weights FSDP gathers one at a time
 
     @property
     def schedule(self) -> ScaleSchedule:
