@@ -341,6 +341,8 @@ class CurveEval(HeldOutEval):
         spent = budget(self.model)
         for axis, value in spent.items():
             self.logger.record(f"eval/{axis}", value)
+        if not self.model.processes.is_first:
+            return
         means = self.history[-1][1].means()
         tqdm.write(
             f"  {spent['images']:>7} images: {self.split} reward {means['reward']:.3f}, word accuracy "
@@ -358,7 +360,12 @@ class ImageBar(AgentCallback):
 
     def _on_training_start(self) -> None:
         self.bar = tqdm(
-            total=self.images, initial=self.model.images_decoded, unit="image", desc=self.label, dynamic_ncols=True
+            total=self.images,
+            initial=self.model.images_decoded,
+            unit="image",
+            desc=self.label,
+            dynamic_ncols=True,
+            disable=not self.model.processes.is_first,
         )
 
     def _on_step(self) -> bool:

@@ -4,6 +4,7 @@
     python examples/train.py --images 12800 --out runs/first --resume      # goes on to 12800 images in all
     python examples/train.py --agent vmr+panw+mp --split 3 --alpha 0.8 --out runs/wrapped
     python examples/train.py --support sampler --top-k 20 --guidance 2 --out runs/truncated
+    accelerate launch --multi_gpu --num_processes 2 examples/train.py --images 6400 --out runs/two
     tensorboard --logdir runs
 
 An agent is an algorithm and wrappers around it, from the inside out, joined by "+"; compare.py --agents lists them.
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = CurveAndBest(args.out / "best.safetensors", every=args.eval_every, prompts=args.eval_prompts)
         if args.resume:
             evaluation.go_on()
+        agent.processes.barrier()  # all have looked whether there is a run in --out
     steps = agent.timesteps(args.images) - agent.num_timesteps
     if agent.images_decoded >= args.images or steps <= 0:
         print(f"{args.out} has seen {agent.images_decoded} images: give a larger --images to go on")
@@ -152,13 +154,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             agent.learn(steps, callbacks, reset_num_timesteps=not args.resume)
             agent.logger.close()
             agent.save(args.out / "agent.zip")
-            agent.best_policy.save(args.out / "policy.safetensors")
+            best = agent.best_policy
+            agent.processes.write(best, lambda: best.save(args.out / "policy.safetensors"))
         except KeyboardInterrupt:
             print(kept(saves.checkpoints), file=sys.stderr)
             return INTERRUPTED
-        except (OSError, RuntimeError, TypeError) as error:  # a full disk, a loss or a reward that is no finite number
+        except (
+            OSError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # a full disk, a loss or a reward that is no finite number
             sys.exit(f"error: {error}\n{kept(saves.checkpoints)}")
-    print(f"{agent.images_decoded} images, {agent.n_updates} updates: {args.out}")
+    if agent.processes.is_first:
+        print(f"{agent.images_decoded} images, {agent.n_updates} updates: {args.out}")
     return INTERRUPTED if interrupt.requested else 0
 
 
