@@ -81,6 +81,10 @@ class GRPO(Agent):
         minibatches: optimiser steps an epoch.
         micro_batch: rows in one forward and backward, to fit the memory (gradient accumulation); leaves the update
             unchanged.
+        logit_chunk: tokens of a picture whose logits exist at a time; leaves the update unchanged, but for rounding.
+            For large vocabularies; not with ``kl="full"`` and ``support="sampler"``. ``None``: all.
+        recompute: gradient checkpointing: the backward pass computes the policy's layers again. Leaves the update
+            unchanged, and takes up to a third longer.
         target_kl: an update ends before an optimiser step at which the policy's KL from the one that sampled, estimated
             on the minibatch, is above 1.5 times this (as in Stable-Baselines3). ``None``: never.
         refresh_reference: updates after which the reference becomes the policy as it then is; 0 for never.
@@ -108,6 +112,8 @@ class GRPO(Agent):
         epochs: int = 1,
         minibatches: int = 1,
         micro_batch: int | None = None,
+        logit_chunk: int | None = None,
+        recompute: bool = False,
         target_kl: float | None = None,
         refresh_reference: int = 0,
         **common: Any,
@@ -120,7 +126,7 @@ class GRPO(Agent):
         require_choice(DYNAMIC_SAMPLING, dynamic_sampling=dynamic_sampling)
         require_choice(("model", "sampler"), support=support)
         require_at_least(1, epochs=epochs, minibatches=minibatches, micro_batch=micro_batch or 1)
-        require_at_least(1, max_batches=max_batches)
+        require_at_least(1, max_batches=max_batches, logit_chunk=1 if logit_chunk is None else logit_chunk)
         require_at_least(0, refresh_reference=refresh_reference)
         for name, number, least in (
             ("clip_range", clip_range, 0.0),
@@ -132,12 +138,16 @@ class GRPO(Agent):
                 raise ValueError(f"{name} must be above {least:g}, got {number}")
         if not kl_coef >= 0 or not entropy_coef >= 0:
             raise ValueError(f"kl_coef and entropy_coef must be at least 0, got {kl_coef} and {entropy_coef}")
+        if logit_chunk is not None and (kl == "full" or support == "sampler"):
+            other = "kl='full'" if kl == "full" else "support='sampler'"
+            raise ValueError(f"{other} needs all log-probabilities at once: leave out logit_chunk={logit_chunk}")
         self.clip_range, self.clip_range_high, self.dual_clip = clip_range, clip_range_high, dual_clip
         self.kl_coef, self.kl, self.kl_in, self.entropy_coef = kl_coef, kl, kl_in, entropy_coef
         self.ratio_level, self.aggregation = ratio_level, aggregation
         self.advantage_scale, self.advantage_eps = advantage_scale, advantage_eps
         self.dynamic_sampling, self.max_batches, self.support = dynamic_sampling, max_batches, support
         self.epochs, self.minibatches, self.micro_batch = epochs, minibatches, micro_batch
+        self.logit_chunk, self.recompute = logit_chunk, recompute
         self.target_kl, self.refresh_reference = target_kl, refresh_reference
         self.outermost: GRPO | Wrapper = self
         super().__init__(policy, env, **common)
@@ -151,6 +161,8 @@ class GRPO(Agent):
         return found[::-1]
 
     def _setup_model(self) -> None:
+        if self.recompute:
+            self.policy.recompute_activations()
         super()._setup_model()
         if self.kl_coef:
             self.require_reference()
@@ -349,6 +361,8 @@ class GRPO(Agent):
         cond = policy.take(rollout.cond, rows)
         grids = [grid[rows] for grid in rollout.grids[: steps.stop]]
         if self.support == "model" and self.kl != "full":
+            if self.logit_chunk is not None:
+                policy.logit_chunk = self.logit_chunk  # here, where every reference passes, a file's too
             logp, entropy = policy.evaluate(cond, grids, steps)  # (b, n, D)
             return Predicted(logp.sum(-1), entropy.sum(-1))
         parts = [rollout.support[t] for t in steps] if self.support == "sampler" else [None]

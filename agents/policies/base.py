@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from var_env.schedule import ScaleSchedule
 from var_env.visual_tokenizer import VisualTokenizer
@@ -34,6 +35,10 @@ class Policy(nn.Module, ABC):
         precision: of what runs within `autocast`. "bf16" are bf16 matrix products, "fp32" fp32 ones, and "auto" is bf16
             where the processor has it in hardware. Logits and log-probabilities are fp32 in any case.
 
+    Attributes:
+        logit_chunk: tokens of a row, at least 1, whose logits `evaluate` holds at a time; ``None`` is all of them. The
+            values are the same but for rounding. A backward pass makes the logits of each piece again.
+
     Raises:
         ValueError: another precision.
     """
@@ -47,6 +52,7 @@ class Policy(nn.Module, ABC):
 
     tokenizer: VisualTokenizer
     config: dict[str, Any]
+    logit_chunk: int | None = None
     lora_targets: Sequence[str] = ()  # linear layers that `add_lora` gives adapters by default
     always_trained: Sequence[str] = ()  # parameters that learn beside the adapters
     sharded_layers: Sequence[str] = ()  # classes of layers whose weights FSDP gathers one at a time
@@ -113,13 +119,18 @@ class Policy(nn.Module, ABC):
         """Last hidden states of the tokens of the grids in ``steps``, ``(B, sum n_t, W)``, in the model's precision.
 
         `forward` is their `logits`. Those at scale t depend on the prompt and on the grids before t: they describe the
-        state in which grid t is chosen. Agents with a critic need both methods, the others neither.
+        state in which grid t is chosen. Agents with a critic and `logit_chunk` need both methods, others neither.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no hidden(), which PPO's critic reads")
+        raise NotImplementedError(f"{type(self).__name__} has no hidden(), which PPO's critic and logit_chunk read")
 
     def logits(self, hidden: Tensor, steps: range) -> Tensor:
-        """Logits of the grids in ``steps`` from their hidden states, fp32 ``(B, sum n_t, D, V)``."""
-        raise NotImplementedError(f"{type(self).__name__} has no logits() of hidden states, which PPO in SB3 needs")
+        """Logits of the grids in ``steps`` from their hidden states, fp32 ``(B, sum n_t, D, V)``.
+
+        With a single step, ``hidden`` ``(B, n, W)`` may be of any n tokens of that grid.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no logits() of hidden states, which PPO in SB3 and logit_chunk need"
+        )
 
     def evaluate(self, cond: Any, grids: Sequence[Tensor], steps: range) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the given grids and the entropy at each token, fp32 ``(B, sum n_t, D)``, in nats.
@@ -128,9 +139,32 @@ class Policy(nn.Module, ABC):
         log-probabilities.
         """
         chosen = torch.cat([grids[t] for t in steps], dim=1)  # (B, n, D)
-        logp = self(cond, grids, steps).log_softmax(-1)  # (B, n, D, V)
-        entropy = -(logp.exp() * logp).sum(-1)
-        return logp.gather(-1, chosen.unsqueeze(-1)).squeeze(-1), entropy
+        if self.logit_chunk is None:
+            return read_off(self(cond, grids, steps).log_softmax(-1), chosen)
+        runs = runs_of_grids(self.schedule.sizes, steps, self.logit_chunk)
+        sizes = [sum(self.schedule.sizes[t] for t in run) for run in runs]
+        hidden, found = self.hidden(cond, grids, steps), []  # (B, n, W)
+        for run, states, codes in zip(runs, hidden.split(sizes, 1), chosen.split(sizes, 1), strict=True):
+            for piece in zip(states.split(self.logit_chunk, 1), codes.split(self.logit_chunk, 1), strict=True):
+                if torch.is_grad_enabled():
+                    found.append(checkpoint(self._evaluate_piece, *piece, run, use_reentrant=False))
+                else:
+                    found.append(self._evaluate_piece(*piece, run))
+        logp, entropy = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        return logp, entropy
+
+    def _evaluate_piece(self, hidden: Tensor, chosen: Tensor, steps: range) -> tuple[Tensor, Tensor]:
+        """What `evaluate` gives of some tokens, from their hidden states ``(B, n, W)`` and codes ``(B, n, D)``."""
+        return read_off(self.logits(hidden, steps).log_softmax(-1), chosen)
+
+    def recompute_activations(self) -> None:
+        """Turn on gradient checkpointing, whatever `config` says: a backward pass computes the layers again.
+
+        Gradients stay the same; the layers' activations take the memory of one layer instead of all.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no recompute_activations(), which recompute=True calls: leave it out"
+        )
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers about the weights that are worth a curve, by name; none by default."""
@@ -156,7 +190,26 @@ def has_bf16(device: str) -> bool:
     return device == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def recompute_activations(model: Any) -> None:
+def read_off(logp: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the chosen codes ``(B, n, D)``, and entropies, from all log-probabilities ``(B, n, D, V)``."""
+    entropy = -(logp.exp() * logp).sum(-1)
+    return logp.gather(-1, chosen.unsqueeze(-1)).squeeze(-1), entropy
+
+
+def runs_of_grids(sizes: Sequence[int], steps: range, most: int) -> list[range]:
+    """The steps in runs of at most ``most`` tokens; a grid that has more is a run of its own."""
+    runs: list[range] = []
+    tokens = 0  # of the last run
+    for t in steps:
+        if runs and tokens + sizes[t] <= most:
+            runs[-1], tokens = range(runs[-1].start, t + 1), tokens + sizes[t]
+        else:
+            runs.append(range(t, t + 1))
+            tokens = sizes[t]
+    return runs
+
+
+def recompute_layers(model: Any) -> None:
     """Turn on gradient checkpointing of a model of transformers, whose version 5 has a new name for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -19,6 +19,7 @@ pytest then runs each method whose name begins with ``test_``. A failure names t
 from __future__ import annotations
 
 import tempfile
+import unittest
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,60 @@ class PolicyContract:
         for name, weight in policy.named_parameters():
             reached = weight.grad is not None and bool(weight.grad.any())
             assert reached or not weight.requires_grad, f"no gradient reaches {name}: use it, freeze it or leave it out"
+
+    def test_logits_in_pieces_change_nothing(self) -> None:
+        """`logit_chunk` asks `logits` for a part of one grid, and for several whole ones."""
+        policy, cond, grids = self.start()
+        if type(policy).hidden is Policy.hidden:
+            raise unittest.SkipTest(f"{type(policy).__name__} has no hidden(), and so no logit_chunk")
+        length = len(policy.schedule)
+        for steps in (range(length), range(length // 2, length)):
+            values, gradients = self.learn(policy, cond, grids, steps)
+            for chunk in (1, 3, 7, policy.schedule.total_tokens):
+                policy.logit_chunk = chunk
+                pieces, in_pieces = self.learn(policy, cond, grids, steps)
+                self.close(pieces, values, f"log-probabilities and entropies, logit_chunk={chunk}")
+                for name, gradient in gradients.items():
+                    self.close(in_pieces[name], gradient, f"gradient of {name}, logit_chunk={chunk}")
+                with torch.no_grad():
+                    logp, _ = policy.evaluate(cond, grids, steps)
+                self.close(logp, values[0], f"log-probabilities without gradient, logit_chunk={chunk}")
+            policy.logit_chunk = None
+
+    def test_recomputed_activations_change_nothing(self) -> None:
+        policy, cond, grids = self.start()
+        if type(policy).recompute_activations is Policy.recompute_activations:
+            raise unittest.SkipTest(f"{type(policy).__name__} has no recompute_activations()")
+        plain, config = self.make_policy(), str(policy.config)
+        policy.recompute_activations()
+        assert str(policy.config) == config, "a file of the policy does not depend on how it is trained"
+        steps, kept = range(len(policy.schedule)), []
+        results = []
+        for one in (plain, policy):
+            kept.append(0)
+
+            def keep(tensor: Tensor) -> Tensor:
+                kept[-1] += tensor.numel()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                results.append(self.learn(one, cond, grids, steps))
+        (values, gradients), (again, recomputed) = results
+        self.close(again, values, "log-probabilities and entropies")
+        for name, gradient in gradients.items():
+            self.close(recomputed[name], gradient, f"gradient of {name}")
+        if not policy.config.get("gradient_checkpointing"):
+            assert kept[1] < kept[0], "as much is kept for the backward pass as without"
+
+    def learn(
+        self, policy: Policy, cond: Any, grids: Sequence[Tensor], steps: range
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `Policy.evaluate` gives, ``(2, B, n, D)``, and the gradients of a loss of it."""
+        found = torch.stack(policy.evaluate(cond, grids, steps))
+        weights = torch.linspace(-1, 1, found.numel(), device=found.device).view_as(found)
+        policy.zero_grad()
+        (weights * found).sum().backward()
+        return found.detach(), {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
     def test_deterministic(self) -> None:
         """Dropout, of labels or of anything, is off in eval mode."""

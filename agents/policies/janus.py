@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agents.policies.base import Policy, recompute_activations
+from agents.policies.base import Policy, recompute_layers
 from agents.policies.lora import add_lora
 from rewards.hub import check_whole, explained, place
 from var_env.janus_vq import JanusTokenizer
@@ -113,7 +113,7 @@ class JanusPolicy(Policy):
         if "{prompt}" not in template or not template.endswith(str(self.text_tokenizer.id_to_token(self.image))):
             raise ValueError(f"template must hold {{prompt}} and end with the begin-of-image token, got {template!r}")
         if gradient_checkpointing:
-            recompute_activations(self.language_model)
+            self.recompute_activations()
         for weight in self.parameters():  # and not the rotary frequencies, which need fp32
             weight.data = weight.data.to(getattr(torch, dtype))
         if lora is not None:
@@ -205,7 +205,7 @@ class JanusPolicy(Policy):
             x = torch.cat([x, self._embed(codes)], 1)
         mask = F.pad(cond.mask, (0, steps[-1]), value=True)
         # transformers checkpoints in training mode only, which changes nothing else in a Llama without dropout.
-        self.language_model.train(self.config["gradient_checkpointing"])
+        self.language_model.train(self.language_model.gradient_checkpointing)
         hidden = self._run(x, mask)
         self.language_model.train(self.training)
         return hidden[:, cond.ids.shape[1] - 1 + steps[0] :]  # token t is predicted where token t - 1 was read
@@ -213,6 +213,9 @@ class JanusPolicy(Policy):
     def logits(self, hidden: Tensor, steps: range) -> Tensor:
         with self.autocast():
             return self.generation_head(hidden).float().unsqueeze(2)  # (B, n, 1, V)
+
+    def recompute_activations(self) -> None:
+        recompute_layers(self.language_model)
 
     # Parts -------------------------------------------------------------------------------------------------------
 

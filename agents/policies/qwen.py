@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, Qwen2Config, Qwen2Model
 
-from agents.policies.base import Policy, recompute_activations
+from agents.policies.base import Policy, recompute_layers
 from agents.policies.lora import add_lora
 from agents.policies.qwen_model import Cache, QwenVARConfig, QwenVARModel, check_attention, new_model, visual_options
 from var_env.tokenizer import load_tokenizer
@@ -86,7 +86,7 @@ class QwenPolicy(Policy):
             "gradient_checkpointing": gradient_checkpointing,
         }
         if gradient_checkpointing:
-            recompute_activations(model)
+            self.recompute_activations()
         if lora is not None:
             add_lora(self, **lora)
 
@@ -191,6 +191,9 @@ class QwenPolicy(Policy):
     def logits(self, hidden: Tensor, steps: range) -> Tensor:
         with self.autocast():
             return self.model.logits(hidden)
+
+    def recompute_activations(self) -> None:
+        recompute_layers(self.model)
 
     def _features(self, cond: Cond, grids: Sequence[Tensor], steps: range) -> Tensor:
         return torch.cat(self.tokenizer.read_all(grids, steps[-1], len(cond.ids)), dim=1)

@@ -180,6 +180,9 @@ class VARPolicy(Policy):
                     x, _ = block(x, modulation, mask)
             return self._finish(x[:, first:], condition)
 
+    def recompute_activations(self) -> None:
+        self.gradient_checkpointing = True
+
     def logits(self, hidden: Tensor, steps: range) -> Tensor:
         with self.autocast():
             logits = self.head(hidden).float()  # (B, n, D * V)

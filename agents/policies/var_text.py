@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
@@ -68,6 +69,7 @@ class VARTextPolicy(Policy):
             Switti's non-causal variant (arXiv 2412.01819, section 3.2): a token looks at its own scale and the prompt,
             and knows earlier grids only through the canvas that it reads. Nothing is cached then.
         prompt_bytes: the longest prompt that it reads, in UTF-8.
+        gradient_checkpointing: recompute the blocks in the backward pass, for less memory.
         precision: "auto", "bf16" or "fp32", see `Policy`.
         lora: options of `add_lora`, for a policy with low-rank adapters.
     """
@@ -84,6 +86,7 @@ class VARTextPolicy(Policy):
         heads: int = 4,
         attention: str = "earlier_scales",
         prompt_bytes: int = MAX_PROMPT_BYTES,
+        gradient_checkpointing: bool = False,
         precision: str = "auto",
         lora: Mapping[str, Any] | None = None,
     ) -> None:
@@ -96,10 +99,11 @@ class VARTextPolicy(Policy):
             "heads": heads,
             "attention": attention,
             "prompt_bytes": prompt_bytes,
+            "gradient_checkpointing": gradient_checkpointing,
             "precision": precision,
         }
         self.heads, self.attention = heads, attention
-        self.prompt_bytes = prompt_bytes
+        self.prompt_bytes, self.gradient_checkpointing = prompt_bytes, gradient_checkpointing
         self.text = TextEncoder(width, heads, prompt_bytes)
         self.embed_features = nn.Linear(tokenizer.channels, width)
         schedule = tokenizer.schedule
@@ -192,9 +196,11 @@ class VARTextPolicy(Policy):
             logits = self.head(hidden)  # (B, n, D * V)
             if self.to_code is not None:
                 logits = logits + self.to_code(hidden) @ self.tokenizer.codebook.T
-            sizes = torch.tensor([self.schedule.sizes[t] for t in steps], device=hidden.device)
+            # Of a single grid there may be any number of tokens.
+            sizes = [hidden.shape[1]] if len(steps) == 1 else [self.schedule.sizes[t] for t in steps]
             sharpness = self.sharpness if len(self.sharpness) == 1 else self.sharpness[steps.start : steps.stop]
-            scale = (SHARPNESS_GAIN * sharpness).exp().expand(len(steps)).repeat_interleave(sizes)  # (n,)
+            scale = (SHARPNESS_GAIN * sharpness).exp().expand(len(steps))
+            scale = scale.repeat_interleave(torch.tensor(sizes, device=hidden.device))  # (n,)
             scaled = logits.float() * scale[:, None]
             return scaled.unflatten(2, (self.tokenizer.depth, self.tokenizer.vocab_size))  # (B, n, D, V)
 
@@ -213,9 +219,14 @@ class VARTextPolicy(Policy):
             x = self.embed_features(features)  # (B, n, width)
             x = x + self.position[:last].to(x.dtype)
             for block in self.blocks:
-                q, k, v = block.queries_keys_values(x)
-                x = block.finish(x, attend(q, (*block.text_keys_values(text), text_bias), (k, v, bias)))
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, text, text_bias, bias, use_reentrant=False)
+                else:
+                    x = block(x, text, text_bias, bias)
             return self.norm(x[:, first:])
+
+    def recompute_activations(self) -> None:
+        self.gradient_checkpointing = True
 
     def temperatures(self) -> list[float]:
         """The learned temperature of each scale."""
@@ -275,7 +286,7 @@ class TextEncoder(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block whose attention is called from outside, between its two halves."""
+    """A pre-norm transformer block in two halves, between which the cached path calls attention."""
 
     def __init__(self, width: int, heads: int, text: bool = True) -> None:
         super().__init__()
@@ -285,6 +296,12 @@ class Block(nn.Module):
         self.text_kv = nn.Linear(width, 2 * width, bias=False) if text else None
         self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, bias: Tensor) -> Tensor:
+        """Image tokens `(B, n, width)` that see the text `(B, P, width)` and, as `bias` `(n, n)` says, each other."""
+        q, k, v = self.queries_keys_values(x)
+        text_k, text_v = self.text_keys_values(text)
+        return self.finish(x, attend(q, (text_k, text_v, text_bias), (k, v, bias)))
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
         return self._split(self.qkv(self.norm1(x)), 3)
