@@ -33,6 +33,7 @@ from agents.policies.base import Policy
 from agents.policies.lora import add_lora
 from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs
 from agents.sampling import Decoding, SharedNoise
+from rewards.pool import RewardPool
 from var_env.vector import VARTextVectorEnv
 from var_env.visual_tokenizer import VisualTokenizer
 
@@ -67,7 +68,7 @@ class Agent(BaseAlgorithm):
             weights as they are. Needs the extra "lora". ``None``: trains all weights, or the adapters that the policy
             has already.
         overlap: parts in which a rollout is drawn, so that a `RewardPool` scores one while the next is drawn; 1 is in
-            one piece, and needs no pool.
+            one piece, and needs no pool. With a pool, `while_scored` fills the wait after the last part.
         decoding: how training samples are drawn.
         image_interval: updates between two pictures of samples in TensorBoard; 0 for none.
         seed: ``None`` draws one.
@@ -338,9 +339,14 @@ class Agent(BaseAlgorithm):
             "keep_support": self.keeps_support,
             "on_step": self.on_env_step,
         }
-        if self.overlap > 1:
+        if self.overlap > 1 or isinstance(self.env.reward, RewardPool):
+            how["while_scored"] = self.while_scored
             return collect_in_parts(self.policy, self.env, group_size, self.decoding, self.overlap, seed, **how)
         return collect(self.policy, self.env, group_size, self.decoding, seed=seed, **how)
+
+    def while_scored(self, rollout: Rollout) -> Rollout:
+        """Called while a `RewardPool` scores what `draw` drew: add what the update asks for and no score changes."""
+        return rollout
 
     @property
     def _noise(self) -> torch.Generator | SharedNoise:

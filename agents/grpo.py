@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -205,6 +206,22 @@ class GRPO(Agent):
             return rollout  # nothing to learn but the KL
         return useful.groups(self.policy, torch.arange(len(useful.scores)) < wanted)
 
+    def while_scored(self, rollout: Rollout) -> Rollout:
+        return self.look_ahead(rollout, range(len(self.policy.schedule)))
+
+    @torch.no_grad()
+    def look_ahead(self, rollout: Rollout, steps: range) -> Rollout:
+        """The rollout with the log-probabilities without gradient that an update of ``steps`` asks for, see `logp`."""
+        kl = bool(self.kl_coef) and self.kl != "full"
+        asked = [self.reference] if kl and self.reference is not None else []
+        if not self.one_step or (kl and self.kl_in == "reward"):
+            asked.append(self.policy)
+        for policy in asked:
+            if rollout.known("logp", policy, steps) is None:
+                logp = self.in_micro_batches(partial(self.logp, policy, rollout, steps=steps), rollout)  # (B, n)
+                rollout = rollout.with_ahead("logp", policy, steps, logp)
+        return rollout
+
     # 2 to 4. From rewards to tokens ----------------------------------------------------------------------------------
 
     def learn_from(self, rollout: Rollout, steps: range) -> None:
@@ -279,11 +296,13 @@ class GRPO(Agent):
         rows, together = len(advantages), self.processes
         weights = TokenWeights(*(together.gather(part) for part in self.outermost.token_weights(rollout, steps)))
         before = together.rows_before(rows)  # of the rows of all processes, which the minibatches are made of
-        one_step = self.epochs == self.minibatches == 1  # the policy of the loss is then the one that sampled
-        old = None if one_step else self.old_log_probs(rollout, steps)  # (B, n)
+        old: Tensor | None = None  # (B, n)
+        if not self.one_step:
+            rollout = self.look_ahead(rollout, steps)  # once for all optimiser steps
+            old = self.old_log_probs(rollout, steps)
         seen: list[logs.Tokens] = []
         norms: list[float] = []
-        for minibatch in self.minibatch_rows(len(weights.policy), shuffle=not one_step):
+        for minibatch in self.minibatch_rows(len(weights.policy), shuffle=not self.one_step):
             own = ((minibatch >= before) & (minibatch < before + rows)).nonzero().flatten()
             shares = self.aggregate(weights.rows(minibatch), steps).rows(own)  # (b, n)
             mine = minibatch[own] - before
@@ -305,6 +324,11 @@ class GRPO(Agent):
                 norms.append(norm)
                 seen += here
         return seen, norms
+
+    @property
+    def one_step(self) -> bool:
+        """Whether an update is one optimiser step: the policy of its loss is then the one that sampled."""
+        return self.epochs == self.minibatches == 1
 
     def loss(
         self,
@@ -347,11 +371,14 @@ class GRPO(Agent):
     def kl_to_reference(self, rollout: Rollout, rows: Tensor, steps: range, new: Predicted | None = None) -> Tensor:
         """The KL of the policy to the reference at each token of some rows, ``(b, n)``."""
         assert self.reference is not None
+        if self.kl != "full":
+            logp = self.logp(self.policy, rollout, rows, steps) if new is None else new.logp
+            with torch.no_grad():
+                ref_logp = self.logp(self.reference, rollout, rows, steps)
+            return losses.kl_estimate(logp, ref_logp, self.kl)
         new = new or self.log_probs(self.policy, rollout, rows, steps)
         with torch.no_grad():
             ref = self.log_probs(self.reference, rollout, rows, steps)
-        if self.kl != "full":
-            return losses.kl_estimate(new.logp, ref.logp, self.kl)
         assert new.everything is not None and ref.everything is not None
         return losses.full_kl(new.everything, ref.everything)
 
@@ -370,10 +397,15 @@ class GRPO(Agent):
         chosen = torch.cat([grids[t] for t in steps], 1)  # (b, n, D)
         return losses.log_probs(policy(cond, grids, steps), chosen, support)
 
+    def logp(self, policy: Policy, rollout: Rollout, rows: Tensor, steps: range) -> Tensor:
+        """The log-probabilities of `log_probs`, ``(b, n)``; those of `look_ahead`, without gradient, if they hold."""
+        known = rollout.known("logp", policy, steps)  # (B, n)
+        return self.log_probs(policy, rollout, rows, steps).logp if known is None else known[rows]
+
     @torch.no_grad()
     def old_log_probs(self, rollout: Rollout, steps: range) -> Tensor:
         """Log-probabilities before the first optimiser step, ``(B, n)``."""
-        return self.in_micro_batches(lambda rows: self.log_probs(self.policy, rollout, rows, steps).logp, rollout)
+        return self.in_micro_batches(partial(self.logp, self.policy, rollout, steps=steps), rollout)
 
     def in_micro_batches(
         self, function: Callable[[Tensor], Tensor], rollout: Rollout, rows: Tensor | None = None

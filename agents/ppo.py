@@ -142,6 +142,10 @@ class PPO(GRPO):
             self.critic.parameters(), lr=self.critic_learning_rate, weight_decay=0.0
         )
 
+    def while_scored(self, rollout: Rollout) -> Rollout:
+        rollout = super().while_scored(rollout)
+        return rollout.with_ahead("features", self.policy, range(len(rollout.grids)), self.all_features(rollout))
+
     # Judging ---------------------------------------------------------------------------------------------------------
 
     def judge(self, rollout: Rollout, steps: range) -> Rollout:
@@ -152,8 +156,13 @@ class PPO(GRPO):
         """
         if steps != range(len(self.policy.schedule)):
             raise ValueError(f"PPO learns all {len(self.policy.schedule)} grids at once, not {steps}")
-        features = self.in_micro_batches(lambda rows: self.features(rollout, rows), rollout)
-        return super().judge(replace(rollout, features=features), steps)
+        return super().judge(replace(rollout, features=self.all_features(rollout)), steps)
+
+    @torch.no_grad()
+    def all_features(self, rollout: Rollout) -> Tensor:
+        """`features` of all rows, ``(B, T, W)``, unless they are known."""
+        known = rollout.known("features", self.policy, range(len(rollout.grids)))
+        return self.in_micro_batches(lambda rows: self.features(rollout, rows), rollout) if known is None else known
 
     @torch.no_grad()
     def features(self, rollout: Rollout, rows: Tensor) -> Tensor:

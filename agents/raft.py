@@ -42,6 +42,9 @@ class RAFT(GRPO):
         super().__init__(policy, env, group_size=group_size, **grpo)
         self.keep = keep
 
+    def while_scored(self, rollout: Rollout) -> Rollout:
+        return rollout  # only the scores tell which few rows are learned
+
     def kept(self, rollout: Rollout) -> Tensor:
         """The rows to imitate, int64 ``(P', keep)``, for the P' prompts whose rewards differ."""
         scores = rollout.scores.cpu()  # (P, G)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -23,7 +23,7 @@ from agents.policies.base import Policy
 from agents.processes import Processes
 from agents.sampling import Decoding, SharedNoise, draw
 from rewards.base import HasWords, Reward, RewardOutput
-from rewards.pool import RewardPool
+from rewards.pool import RewardPool, join
 from var_env import mdp
 from var_env.env import VARTextEnv
 from var_env.scenes import Scene
@@ -51,6 +51,25 @@ def resized(env: VARTextEnv | VARTextVectorEnv, num_envs: int, reward: Reward | 
     return VARTextVectorEnv(num_envs, world=env.world, tokenizer=env.tokenizer, reward=reward or env.reward)
 
 
+class Ahead(NamedTuple):
+    """Something a policy says of the rows of a rollout, computed before the update that asks for it."""
+
+    values: Tensor  # (B, ...)
+    what: str
+    policy: Policy
+    version: int  # of its weights, see `weights_version`
+    steps: range  # the grids it is about
+
+    def rows(self, index: Tensor) -> Ahead:
+        """That of some rows, int64, which may repeat."""
+        return self._replace(values=self.values[index])
+
+
+def weights_version(policy: Policy) -> int:
+    """Another number after every change of the weights in place, as optimisers and ``load_state_dict`` make them."""
+    return sum(weight._version for weight in policy.parameters())
+
+
 @dataclass
 class Rollout:
     """What one iteration sampled: ``B = P * G`` rows to learn from, row ``p * G + g`` being sample g of prompt p.
@@ -73,15 +92,25 @@ class Rollout:
     images: np.ndarray  # (B * K, S, S, 3) uint8
     words_read: list[list[str]]  # B * K
     regions: list[np.ndarray]  # B * K of (number found, 4), xyxy in pixels
-    seconds: dict[str, float]  # "sampling", "reward", and "decode", all the rest of the environment
+    seconds: dict[str, float]  # "sampling", "reward", "decode", the rest of the environment, and "ahead" with a pool
     advantages: Tensor | None = None  # (B,) or (B, n), once an algorithm has judged the rows
     features: Tensor | None = None  # (B, T, W) float32, what PPO's critic saw of the state before each grid
     forks: Forks = ()  # where the pictures of a prompt parted, see `collect`
+    ahead: tuple[Ahead, ...] = ()  # of these rows and grids, for the update: see `known`
 
     @property
     def suffixes(self) -> int:
         """K, the pictures of each row."""
         return self.returns.shape[2]
+
+    def with_ahead(self, what: str, policy: Policy, steps: range, values: Tensor) -> Rollout:
+        """The rollout with ``values``, ``(B, ...)``: what the policy, as it is, says of its rows in ``steps``."""
+        return replace(self, ahead=(*self.ahead, Ahead(values, what, policy, weights_version(policy), steps)))
+
+    def known(self, what: str, policy: Policy, steps: range) -> Tensor | None:
+        """The ``values`` of `with_ahead`, if there are any, of these steps and of the policy as it is now."""
+        key = what, policy, weights_version(policy), steps
+        return next((found.values for found in self.ahead if found[1:] == key), None)
 
     def require_finite(self) -> None:
         """``ValueError`` naming the first reward that is not a finite number, and its prompt."""
@@ -109,6 +138,7 @@ class Rollout:
             support=[None if kept is None else kept[::suffixes] for kept in self.support[:grids]],
             scores=value(returns),
             returns=returns,
+            ahead=tuple(found._replace(values=found.values[::suffixes]) for found in self.ahead),
         )
 
     def groups(self, policy: Policy, keep: Tensor) -> Rollout:
@@ -136,6 +166,7 @@ class Rollout:
             regions=[self.regions[picture] for picture in pictures],
             advantages=None if self.advantages is None else self.advantages[on_device],
             features=None if self.features is None else self.features[on_device],
+            ahead=tuple(found.rows(on_device) for found in self.ahead),
         )
 
     @staticmethod
@@ -167,6 +198,11 @@ class Rollout:
             seconds={name: sum(rollout.seconds[name] for rollout in rollouts) for name in first.seconds},
             advantages=None,
             features=None,
+            ahead=tuple(
+                parts[0]._replace(values=torch.cat([part.values for part in parts]))
+                for parts in zip(*(rollout.ahead for rollout in rollouts), strict=False)
+                if all(part[1:] == parts[0][1:] for part in parts)
+            ),
         )
 
     def scored(self, found: RewardOutput) -> Rollout:
@@ -396,12 +432,20 @@ def fork_pairs(fork_at: tuple[int, int] | Forks | None, length: int) -> Forks:
 
 
 def collect_in_parts(
-    policy: Policy, envs: VARTextVectorEnv, group_size: int, decoding: Decoding, parts: int, seed: int, **more: Any
+    policy: Policy,
+    envs: VARTextVectorEnv,
+    group_size: int,
+    decoding: Decoding,
+    parts: int,
+    seed: int,
+    while_scored: Callable[[Rollout], Rollout] = lambda rollout: rollout,
+    **more: Any,
 ) -> Rollout:
     """`collect`, the prompts in several parts: while one is scored by a `RewardPool`, the next is drawn.
 
-    The same prompts as in one part, with other noise: the sampler draws for one part after the other. The time for the
-    reward is what is left of it after the last part is drawn.
+    The same prompts as in one part, with other noise: the sampler draws for one part after the other. When all are
+    drawn, ``while_scored`` may add to the rollout what needs no scores, which are zeros then. Its time is "ahead", and
+    the time for the reward is what is left of it after that.
 
     Raises:
         ValueError: the environment's reward is no pool.
@@ -412,17 +456,19 @@ def collect_in_parts(
             f"{envs.reward.name!r}}}; the environment has the reward {envs.reward.name!r}"
         )
     envs.reset(seed=seed)
-    drawn: list[tuple[Rollout, Deferred]] = []
+    drawn: list[Rollout] = []
+    deferred: list[Deferred] = []
     for scenes in np.array_split(np.arange(envs.num_envs), min(parts, envs.num_envs)):
         mine = [envs.scenes[i] for i in scenes]
-        deferred = Deferred(envs.reward)
-        part = resized(envs, len(mine), deferred)
-        drawn.append((collect(policy, part, group_size, decoding, scenes=mine, **more), deferred))
+        deferred.append(Deferred(envs.reward))
+        part = resized(envs, len(mine), deferred[-1])
+        drawn.append(collect(policy, part, group_size, decoding, scenes=mine, **more))
     start = time.perf_counter()
-    outputs = [deferred.output() for _, deferred in drawn]
-    waited = time.perf_counter() - start
-    rollout = Rollout.concatenate(policy, [part.scored(found) for (part, _), found in zip(drawn, outputs, strict=True)])
-    rollout.seconds["reward"] += waited
+    rollout = while_scored(drawn[0] if len(drawn) == 1 else Rollout.concatenate(policy, drawn))
+    waiting = time.perf_counter()
+    rollout = rollout.scored(join([part.output() for part in deferred]))
+    rollout.seconds["ahead"] = waiting - start
+    rollout.seconds["reward"] += time.perf_counter() - waiting
     return rollout
 
 

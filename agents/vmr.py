@@ -174,6 +174,15 @@ class VMR(GRPO):
         value = partial(middle_return, eta=self.eta)
         return pictures.merge(self.policy, self.suffix_samples, m, value)
 
+    def while_scored(self, rollout: Rollout) -> Rollout:
+        everything, k = range(len(self.policy.schedule)), self.suffix_samples
+        if self.stage == "suffix":
+            return self.look_ahead(rollout, everything[self.m :])
+        prefixes = rollout.merge(self.policy, k, self.m, lambda returns: returns[..., 0])  # scores are still to come
+        rows = torch.arange(len(prefixes.scenes), device=self.device).repeat_interleave(k)
+        found = self.look_ahead(prefixes, everything[: self.m]).ahead
+        return replace(rollout, ahead=tuple(part.rows(rows) for part in found))  # until `collect` merges the rows
+
     @torch.no_grad()
     def suffix_kl(self, pictures: Rollout, m: int) -> Tensor:
         """log policy - log reference of the grids from m on, of rollouts with one picture a row: as ``returns``."""

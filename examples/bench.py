@@ -25,6 +25,11 @@ Every number is the median over --repeats, after one run to warm up. What is mea
 - **overlapping OCR with sampling**: a rollout whose pictures are read by two processes, in 2 or 4 parts of which one is
   read while the next is drawn, against the same in one piece. On as many cores as sampling uses already there is
   nothing to gain; it is for a GPU that draws while CPUs read.
+- **overlapping the whole loop**: GRPO iterations with their update, in 2 parts of which one is read while the next is
+  drawn, the reference's log-probabilities being computed while the last one is; against drawing, reading and learning
+  one after the other with the same pool. Once with the two processes, which share the cores with the rest, and once
+  with a reward that reads nothing and waits 10 ms an image, as for a service on another machine: that tells what is
+  hidden where reading costs no core of this one.
 - **VMR prefix iteration, against its token counts**: the time of one with K = 2, over what the GRPO iteration's phases
   predict: sampling by image tokens drawn, decoding and reward by pictures, the update by the tokens of its forward
   pass, prompt and image.
@@ -95,6 +100,19 @@ class FreeReward(Reward):
 
     def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
         return RewardOutput(np.zeros(len(images), np.float32))
+
+
+class WaitingReward(Reward):
+    """Waits for ``seconds`` an image, as for another machine that reads one by one, and costs next to nothing here."""
+
+    name = "waiting"
+
+    def __init__(self, seconds: float = 0.01) -> None:
+        self.seconds = seconds
+
+    def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
+        time.sleep(self.seconds * len(images))
+        return RewardOutput(images.mean((1, 2, 3), dtype=np.float32))  # not all equal: there is something to learn
 
 
 class Bench:
@@ -190,11 +208,11 @@ class Bench:
             ),
         ]
 
-    def agent(self, kind: type[AgentT], **options: Any) -> AgentT:
+    def agent(self, kind: type[AgentT], envs: VARTextVectorEnv | None = None, **options: Any) -> AgentT:
         """An agent that learns nothing, so that each repeat meets the same policy."""
         agent = kind(
             self.policy,
-            self.envs,
+            envs or self.envs,
             group_size=self.group_size,
             prompts_per_update=self.images // self.group_size,
             learning_rate=0.0,
@@ -255,10 +273,28 @@ class Bench:
                 return lambda: collect(*more, seed=0) if parts == 1 else collect_in_parts(*more, parts, 0)
 
             seconds = {parts: self.seconds(f"{parts} parts", rollout(parts)) for parts in (1, 2, 4)}
+            loop = self.overlapped_iterations("read by 2 processes", pool)
+        with RewardPool(WaitingReward(), workers=1, mode="thread") as pool:
+            loop += self.overlapped_iterations("10 ms of waiting an image", pool)
         found = [Measured("rollout images/s, read by 2 processes", self.images / seconds[1], "1/s")]
-        return found + [
-            Measured(f"overlapping OCR with sampling, {parts} parts, times faster", seconds[1] / seconds[parts], "x")
-            for parts in (2, 4)
+        for parts in (2, 4):
+            faster = seconds[1] / seconds[parts]
+            found.append(Measured(f"overlapping OCR with sampling, {parts} parts, times faster", faster, "x"))
+        return found + loop
+
+    def overlapped_iterations(self, how: str, pool: RewardPool) -> list[Measured]:
+        """GRPO iterations whose pictures a pool scores, one thing after the other and overlapped."""
+        prompts = self.images // self.group_size
+        serial = self.agent(GRPO, resized(self.envs, prompts, TimedReward(pool)))  # no pool to an agent, so it waits
+        overlapped = self.agent(GRPO, resized(self.envs, prompts, pool), overlap=2)
+        times: dict[GRPO, list[float]] = {serial: [], overlapped: []}
+        for _ in tqdm(range(self.repeats + 1), f"iterations, {how}", leave=False):
+            for agent, seen in times.items():  # in turns, so that a busy moment meets both
+                seen.append(self.clock(agent.iterate))
+        one_by_one, together = (median(seen[1:]) for seen in times.values())
+        return [
+            Measured(f"iteration images/s, {how}", self.images / one_by_one, "1/s"),
+            Measured(f"overlapping the whole loop, {how}, times faster", one_by_one / together, "x"),
         ]
 
     # The cache -------------------------------------------------------------------------------------------------------

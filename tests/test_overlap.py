@@ -1,11 +1,14 @@
-"""Drawing a rollout in parts while a pool of workers scores them."""
+"""Drawing a rollout in parts while a pool of workers scores them, and computing ahead while the last one is scored."""
+
+import threading
 
 import numpy as np
 import pytest
 import torch
-from tiny import STEPS_A_ROLLOUT, assert_same, tiny_agent, weights_of
+from tiny import STEPS_A_ROLLOUT, assert_same, nudge, tiny_agent, weights_of
 
-from agents import GRPO, VMR, StopAfter
+from agents import GRPO, PPO, RAFT, VMR, StopAfter, TreeGRPO
+from agents.rollout import Rollout
 from rewards.base import Reward, RewardOutput
 from rewards.pool import RewardPool
 
@@ -94,3 +97,153 @@ def test_a_reward_that_fails_ends_the_update(parts):
     with pytest.raises(RuntimeError, match="out of ink"):
         agent.sample()
     assert agent.n_updates == 0
+
+
+EVERYTHING = range(3)
+MANY_STEPS = {"epochs": 2, "minibatches": 2, "micro_batch": 3}
+AGENTS = [
+    (GRPO, {}),
+    (GRPO, MANY_STEPS),
+    (GRPO, {"kl_in": "reward", "kl": "k1", **MANY_STEPS}),
+    (GRPO, {"kl_coef": 0.0, "epochs": 2}),
+    (GRPO, {"kl": "full", "epochs": 2}),
+    (GRPO, {"dynamic_sampling": "resample", "refresh_reference": 2}),
+    (VMR, {"split": 1, "suffix_samples": 2, "prefix_updates": 2, **MANY_STEPS}),
+    (VMR, {"split": 3, "suffix_samples": 1}),
+    (TreeGRPO, {"forks": 1}),
+    (PPO, MANY_STEPS),
+    (RAFT, {"epochs": 2}),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So that sums over many numbers do not depend on how busy the machine is."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def counting(agent):
+    """The policies that `log_probs` is asked of, and the steps, from now on."""
+    asked, log_probs = [], agent.log_probs
+
+    def spy(policy, rollout, rows, steps):
+        asked.append(("reference" if policy is agent.reference else "policy", steps))
+        return log_probs(policy, rollout, rows, steps)
+
+    agent.log_probs = spy
+    return asked
+
+
+@pytest.mark.parametrize(("cls", "options"), AGENTS)
+@pytest.mark.parametrize("overlap", [1, 2])
+def test_computing_ahead_changes_no_bit_of_an_update(parts, cls, options, overlap):
+    agents = [tiny_agent(pooled(parts), cls, overlap=overlap, learning_rate=1e-3, **options) for _ in range(2)]
+    agents[1].while_scored = lambda rollout: rollout
+    before = weights_of(agents[0].policy)
+    for agent in agents:
+        for _ in range(4):
+            agent.iterate()
+    assert_same(*(weights_of(agent.policy) for agent in agents), atol=0, rtol=0)
+    assert any(not torch.equal(weight, before[name]) for name, weight in agents[0].policy.named_parameters())
+
+
+@pytest.mark.parametrize(("cls", "options"), AGENTS)
+def test_a_pool_and_one_part_are_the_reward_in_this_process(parts, cls, options):
+    agents = [
+        tiny_agent(where, cls, learning_rate=1e-3, **options) for where in (pooled(parts), {**parts, "reward": Slow()})
+    ]
+    for agent in agents:
+        for _ in range(4):
+            agent.iterate()
+    assert_same(*(weights_of(agent.policy) for agent in agents), atol=0, rtol=0)
+    times = [agent.logger.name_to_value for agent in agents]
+    assert times[0]["time/ahead"] > 0 and "time/ahead" not in times[1]
+
+
+@pytest.mark.parametrize("overlap", [1, 2])
+def test_the_reference_runs_while_the_reward_does_and_not_again(parts, overlap):
+    asked_first = threading.Event()
+
+    class Waits(Slow):
+        def score(self, images, scenes):
+            assert asked_first.wait(60), "the reference was to run first"
+            return super().score(images, scenes)
+
+    agent = tiny_agent({**parts, "reward": RewardPool(Waits(), mode="thread")}, overlap=overlap)
+    asked, log_probs = counting(agent), agent.log_probs
+
+    def announce(*args):
+        found = log_probs(*args)
+        asked_first.set()
+        return found
+
+    agent.log_probs = announce
+    agent.iterate()
+    assert asked == [("reference", EVERYTHING), ("policy", EVERYTHING)]  # while scored; in the loss
+
+
+def test_passes_of_several_steps(parts):
+    agent = tiny_agent(pooled(parts), epochs=3, minibatches=2)
+    asked = counting(agent)
+    rollout = agent.sample()
+    assert [name for name, _ in asked] == ["reference", "policy"]
+    agent.learn_from(rollout, EVERYTHING)
+    assert [name for name, _ in asked[2:]] == ["policy"] * 6, "no old log-probabilities, and none of the reference"
+
+
+def test_prefixes_and_suffixes_look_at_what_they_learn(parts):
+    agent = tiny_agent(pooled(parts), VMR, split=1, suffix_samples=2, prefix_updates=1, suffix_updates=1)
+    asked = counting(agent)
+    agent.iterate()
+    assert asked == [("reference", range(1)), ("policy", range(1))]
+    agent.iterate()
+    assert asked[2:] == [("reference", range(1, 3)), ("policy", range(1, 3))]
+
+
+def test_known_rows_stay_with_their_rows(parts):
+    agent = tiny_agent(pooled(parts), prompts_per_update=4, epochs=2, overlap=2)
+    nudge(agent)
+    rollout = agent.sample()
+    some = rollout.groups(agent.policy, torch.tensor([False, True, False, True]))
+    both = Rollout.concatenate(agent.policy, [some, rollout])
+    for changed in (rollout, some, both, both.rows(agent.policy, torch.tensor([[7, 3], [1, 1]]))):
+        for policy in (agent.policy, agent.reference):
+            known = changed.known("logp", policy, EVERYTHING)
+            rows = torch.arange(len(changed.scenes))
+            torch.testing.assert_close(known, agent.log_probs(policy, changed, rows, EVERYTHING).logp.detach())
+    stranger = tiny_agent(pooled(parts), prompts_per_update=2)  # another policy knows other things
+    mixed = Rollout.concatenate(agent.policy, [rollout, stranger.sample()])
+    assert mixed.known("logp", agent.policy, EVERYTHING) is None and mixed.ahead == ()
+
+
+def test_nothing_is_known_of_other_steps_or_changed_weights(parts):
+    agent = tiny_agent(pooled(parts), PPO, epochs=2, learning_rate=1e-3)
+    rollout = agent.sample()
+
+    def known(what="logp", policy=agent.policy, steps=EVERYTHING):
+        return rollout.known(what, policy, steps) is not None
+
+    assert known() and known("features") and known(policy=agent.reference)
+    assert not known(steps=range(2)) and not known("features", agent.reference)
+    agent.learn_from(rollout, EVERYTHING)
+    assert not known() and not known("features") and known(policy=agent.reference)
+    torch.testing.assert_close(
+        agent.old_log_probs(rollout, EVERYTHING),
+        agent.log_probs(agent.policy, rollout, torch.arange(8), EVERYTHING).logp.detach(),
+    )
+    agent.reference.load_state_dict(agent.policy.state_dict())
+    assert not known(policy=agent.reference)
+
+
+def test_learns_from_a_rollout_twice_as_without_a_pool(parts):
+    agents = [
+        tiny_agent(where, PPO, learning_rate=1e-3, epochs=2) for where in (pooled(parts), {**parts, "reward": Slow()})
+    ]
+    for agent in agents:
+        rollout = agent.sample()
+        agent.learn_from(rollout, EVERYTHING)
+        agent.learn_from(rollout, EVERYTHING)
+    assert_same(*(weights_of(agent.policy) for agent in agents), atol=0, rtol=0)
