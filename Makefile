@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 BIN := .venv/bin
 PADDLE := .venv-paddle
 
-.PHONY: help compare ablate results test test-paddle lint bench pretrain clean
+.PHONY: help compare ablate results test test-paddle soak lint bench pretrain clean
 
 help:
 	@echo "make compare   train agents from the shipped base policy and compare them on held-out words (runs/)"
@@ -15,6 +15,7 @@ help:
 	@echo "make results   what is in results/, again: many hours"
 	@echo "make test      run the tests"
 	@echo "make test-paddle  test the PaddleOCR engine, in an environment of its own (.venv-paddle)"
+	@echo "make soak      runs that are killed and go on, a thousand updates in flat memory, a reward service under fire"
 	@echo "make lint      run ruff and mypy"
 	@echo "make bench     time the environment, the reward, sampling and updates"
 	@echo "make pretrain  train the tokenizer and the base policy from scratch"
@@ -49,6 +50,11 @@ $(PADDLE)/.installed: pyproject.toml constraints.txt
 
 test-paddle: $(PADDLE)/.installed
 	$(PADDLE)/bin/python -m pytest tests/test_paddle_engine.py $(ARGS)
+
+# What takes too long for a test. Its last result is in docs/scaling.md.
+soak: $(INSTALLED)
+	$(BIN)/python examples/soak_training.py --out results/soak $(ARGS)
+	$(BIN)/python examples/soak_service.py --out results/soak
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
