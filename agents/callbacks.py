@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from tqdm import tqdm
 
 from agents.files import replacing
-from agents.resume import Checkpoints
+from agents.resume import Checkpoints, updates_of
 from agents.sampling import Decoding
 from var_env.scenes import Scene
 
@@ -193,6 +193,7 @@ class CheckpointEvery(AgentCallback):
 
     Raises:
         TypeError: in the beginning, when a setting of the agent cannot be stored.
+        ValueError: in the beginning, when the folder holds checkpoints of a later update, and so of another run.
         OSError: when one cannot be written. The earlier ones are as they were.
     """
 
@@ -202,6 +203,14 @@ class CheckpointEvery(AgentCallback):
             raise ValueError(f"updates must be at least 1, got {updates}")
         self.checkpoints, self.updates = Checkpoints(folder, keep), updates
         self.saved: int | None = None  # after so many updates
+
+    def _on_training_start(self) -> None:
+        later = [path for path in self.checkpoints.paths() if updates_of(path) > self.model.n_updates]
+        if later and self.model.processes.is_first:
+            raise ValueError(
+                f"{later[0]} is of another run, or of a later part of this one: go on from it with Checkpoints.load(), "
+                "or choose another folder"
+            )
 
     def _on_rollout_start(self) -> None:
         if self.model.n_updates % self.updates == 0:

@@ -92,9 +92,9 @@ class Checkpoints:
         if together.is_first:
             with replacing(path) as part:
                 write(agent, part)
-                if path.exists():  # of the same update
-                    shutil.rmtree(path)
-            for old in self.paths()[self.keep :]:
+                if path.exists():  # of the same update, as after going on from it
+                    path.rename(self.folder / f"replaced-{path.name}")  # until the new one has its place
+            for old in [*self.paths()[self.keep :], *self.folder.glob("replaced-*")]:
                 shutil.rmtree(old, ignore_errors=True)
         elif together.shards:
             take_part(agent)
@@ -108,11 +108,10 @@ class Checkpoints:
             FileNotFoundError: there is no checkpoint.
             ValueError: all of them are damaged.
         """
+        self.tidy()
         paths = self.paths()
         if not paths:
-            raise FileNotFoundError(f"there is no checkpoint in {self.folder} to go on from")
-        for part in self.folder.glob(".*-checkpoint-*"):  # of a process that was killed while it wrote
-            shutil.rmtree(part, ignore_errors=True)
+            raise FileNotFoundError(f"there is no checkpoint in {self.folder}: begin a new run (leave out --resume)")
         for path in paths:
             try:
                 verify(path)
@@ -123,6 +122,17 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
         raise ValueError(f"all checkpoints in {self.folder} are damaged: start again, or go on from an agent's zip")
+
+    def tidy(self) -> None:
+        """Finish, or take back, what a process that was killed left unfinished."""
+        for part in self.folder.glob(".*-checkpoint-*"):
+            shutil.rmtree(part, ignore_errors=True)
+        for old in self.folder.glob("replaced-checkpoint-*"):
+            path = old.with_name(old.name.removeprefix("replaced-"))
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(path)
 
     def load(self, env: Any = None, device: torch.device | str = "auto", **replaced: Any) -> Agent | Wrapper:
         """The agent of the `newest` checkpoint, ready to go on; in every process of a run.

@@ -283,6 +283,7 @@ class Comparison:
         """The agent of an earlier attempt at the run, with the step that it has come to, or a new one and ``None``."""
         asked = json.loads(json.dumps(self.config | cell.method))  # tuples as the file has them
         file = folder / "config.json"
+        checkpoints.tidy()
         if checkpoints.paths() and file.is_file() and json.loads(file.read_text()) == asked:
             agent = checkpoints.load(self.env, self.base.device)
             tqdm.write(f"{cell}: goes on after update {agent.n_updates}", file=sys.stderr)

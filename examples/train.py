@@ -113,8 +113,6 @@ def agent_from(args: argparse.Namespace, checkpoints: Checkpoints) -> Agent | Wr
     world = {"regions": args.regions, "prompts": args.prompts_from}
     world |= {"reward": args.reward, "reward_kwargs": args.reward_kwargs}
     if args.resume:
-        if not checkpoints.paths():
-            raise FileNotFoundError(f"there is no checkpoint in {checkpoints.folder}: leave out --resume")
         agent = checkpoints.load(
             lambda agent: make_env(agent.policy, agent.prompts_per_update, **world), args.device, **settings
         )

@@ -133,6 +133,20 @@ class TestFiles:
         assert Checkpoints(folder).load(device="cpu").n_updates == 1
         assert not list(folder.glob(".*"))
 
+    def test_a_kill_while_one_takes_another_s_place_loses_neither(self, folder, parts):
+        newest = Checkpoints(folder).paths()[0]
+        newest.rename(folder / f"replaced-{newest.name}")
+        assert Checkpoints(folder).load(device="cpu").n_updates == 1
+        shutil.copytree(newest, folder / f"replaced-{newest.name}")
+        assert Checkpoints(folder).load(device="cpu").n_updates == 1
+        assert not list(folder.glob("replaced-*"))
+
+    def test_another_run_in_the_same_folder_is_refused(self, folder, parts):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(ValueError, match=r"checkpoint-00000001 is of another run.*choose another folder"):
+            tiny_agent(parts).learn(WHOLE, CheckpointEvery(folder))
+        assert sorted(folder.rglob("*")) == before
+
     def test_wrong_numbers(self, tmp_path):
         for keep in (0, 1.5):
             with pytest.raises(ValueError, match="keep must be a whole number of at least 1"):
