@@ -444,8 +444,8 @@ class Agent(BaseAlgorithm):
         )
         if self._skipped_in_a_row > self.max_skipped:
             raise RuntimeError(
-                f"{told}, the {self._skipped_in_a_row}. time in a row; lower learning_rate, raise kl_coef, or load an "
-                "earlier checkpoint"
+                f"{told}, {self._skipped_in_a_row} in a row; lower learning_rate, raise kl_coef, or load an earlier "
+                "checkpoint"
             )
         warnings.warn(f"{told}; training ends when more than {self.max_skipped} in a row are so", stacklevel=3)
 

@@ -89,6 +89,6 @@ def test_a_step_that_is_not_taken_leaves_it(parts):
     agent = tiny_agent(parts, **EMA)
     before = weights_of(agent.ema)
     agent.policy.sharpness.grad = torch.full_like(agent.policy.sharpness, torch.nan)
-    with pytest.raises(RuntimeError, match="gradient norm"):
+    with pytest.warns(UserWarning, match="gradient norm of update 1 is nan"):
         agent.optimizer_step()
     assert same(weights_of(agent.ema), before)
