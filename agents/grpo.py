@@ -126,7 +126,9 @@ class GRPO(Agent):
         require_choice(losses.ADVANTAGE_SCALES, advantage_scale=advantage_scale)
         require_choice(DYNAMIC_SAMPLING, dynamic_sampling=dynamic_sampling)
         require_choice(("model", "sampler"), support=support)
-        require_at_least(1, epochs=epochs, minibatches=minibatches, micro_batch=1 if micro_batch is None else micro_batch)
+        require_at_least(
+            1, epochs=epochs, minibatches=minibatches, micro_batch=1 if micro_batch is None else micro_batch
+        )
         require_at_least(1, max_batches=max_batches, logit_chunk=1 if logit_chunk is None else logit_chunk)
         require_at_least(0, refresh_reference=refresh_reference)
         for name, number, least in (

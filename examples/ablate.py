@@ -4,6 +4,7 @@
     python examples/ablate.py m                          # the middle step: Table 3a and Figure 2
     python examples/ablate.py alpha --fine               # Table 3b, and 0.2 to 1.4 in steps of 0.1
     python examples/ablate.py mp alternation k --seeds 0 1 2 --out runs/ablate
+    python examples/ablate.py m alpha --seeds 0 1 2 --out runs/ablate --ray    # many runs at a time
     tensorboard --logdir runs
 
     m            VMR with every split (Table 3a, Figure 2)
@@ -19,6 +20,8 @@ Ctrl-C, and the report also shows the other tables whose cells are all there.
 
 Several processes may share one --out when each has tables or --seeds of its own that share no cell: a process trains
 nothing but its own runs and files are replaced as a whole. A last call with all tables and seeds collects everything.
+With --ray (pip install "vartext[ray]") one call trains many runs at a time, on this machine or in a cluster, as
+compare.py does; ray_runs.py tells more.
 """
 
 from __future__ import annotations

@@ -69,16 +69,21 @@ def load_plugins(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_plugin_option(parser)
     with clear_errors():
-        for plugin in parser.parse_known_args(argv)[0].plugin:
-            if not plugin.endswith(".py"):
-                importlib.import_module(plugin)
-                continue
-            name = Path(plugin).stem
-            spec = importlib.util.spec_from_file_location(name, plugin)
-            assert spec is not None and spec.loader is not None
-            if name not in sys.modules:  # such as a script that runs this one
-                sys.modules[name] = module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
+        import_plugins(parser.parse_known_args(argv)[0].plugin)
+
+
+def import_plugins(plugins: Sequence[str]) -> None:
+    """Import files, and modules by name, unless that was done before."""
+    for plugin in plugins:
+        if not plugin.endswith(".py"):
+            importlib.import_module(plugin)
+            continue
+        name = Path(plugin).stem
+        spec = importlib.util.spec_from_file_location(name, plugin)
+        assert spec is not None and spec.loader is not None
+        if name not in sys.modules:  # such as a script that runs this one
+            sys.modules[name] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
 
 
 def own_options(part: type) -> dict[str, Any]:

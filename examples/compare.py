@@ -6,6 +6,7 @@
     python examples/compare.py --agents grpo vmr+panw+mp stage ppo reinforce rloo
     python examples/compare.py --agents grpo+panw --alpha 0.8 --images 6400 --out runs/panw-alone
     python examples/compare.py --plugin my_agent.py --agents grpo mine vmr+mine
+    python examples/compare.py --preset full --out runs/full --ray                   # many runs at a time
     tensorboard --logdir runs                                   # scalars, pictures and texts while it trains
 
 An agent is an algorithm and wrappers around it, joined by "+". The default is the paper's method step by step: grpo,
@@ -26,6 +27,10 @@ it was killed, from the last checkpoint, one every --save-every updates, with th
 Several processes may share one --out when each has --seeds or --agents of its own: a process trains nothing but its own
 runs, files are replaced as a whole, and the tables and pictures show the runs of the process that wrote them last. A
 last call with all agents and seeds trains nothing and collects everything.
+
+With --ray (pip install "vartext[ray]") one call trains as many runs at a time as there are CPUs, or shares of GPUs
+(--ray-gpus), on this machine or in a cluster. A run whose worker dies goes on from its last checkpoint, elsewhere if
+need be. With as many threads as without Ray, the scores are the same. ray_runs.py tells more.
 """
 
 from __future__ import annotations

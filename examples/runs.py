@@ -2,7 +2,8 @@
 
 A run is a `Cell`: an agent, its settings and a seed. Its folder, OUT/LABEL/seedK, holds all that it writes, and when
 result.json there says that it is finished, it is not trained again. One that was interrupted or killed goes on from its
-last checkpoint, exactly, unless its settings are others now.
+last checkpoint, exactly, unless its settings are others now. The runs of a plan are trained one after another, or with
+``--ray`` many at a time, see ray_runs.py.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import ray_runs
 import report
 from common import (
     INTERRUPTED,
@@ -59,10 +61,12 @@ from agents import (
 from agents.callbacks import CheckpointEvery, Interrupt, StopOnSignal
 from agents.logs import open_logger
 from agents.policies.base import Policy
+from agents.processes import current
 from var_env import VARTextVectorEnv
 
 SCENE_SEED, NOISE_SEED = 0, 0  # of the held-out prompts, and of the sampler when it draws for them
 NOT_COMPARED = ("seconds",)  # settings in which a finished run may differ from what is asked for
+Outcome = Result | Exception | None  # of a run; None when it was interrupted before its first update
 
 
 # Options -------------------------------------------------------------------------------------------------------------
@@ -97,7 +101,7 @@ class Preset:
 
 
 def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Preset]) -> None:
-    """``--device`` and so on, the fields of `Preset`, and the agents' settings, for `finish`."""
+    """``--device`` and so on, the fields of `Preset`, ``--ray``, and the agents' settings, for `finish`."""
     add_model_options(parser)
     add_reward_options(parser)
     add_prompts_option(parser)
@@ -119,6 +123,7 @@ def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Prese
         metavar="UPDATES",
         help="between two checkpoints, from which a run that was killed goes on (default: %(default)s)",
     )
+    ray_runs.add_options(parser)
     add_agent_options(parser, without=[entry.name for entry in dataclasses.fields(Preset)])
 
 
@@ -127,6 +132,7 @@ def finish(args: argparse.Namespace, preset: Preset) -> None:
     given = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(Preset)}
     args.settings = dataclasses.replace(preset, **{name: value for name, value in given.items() if value is not None})
     require_at_least_one(save_every=args.save_every)
+    ray_runs.check(args)
     args.method = {name: value for name, value in agent_settings(args).items() if name not in given}
 
 
@@ -160,6 +166,11 @@ class Comparison:
     """The common ground: settings, base policy, environment, held-out prompts and decoding."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        if current().count > 1:
+            raise ValueError(
+                "a comparison is one process: many runs at a time take --ray, and one run on several GPUs examples/train.py"
+            )
+        self.args = args
         self.settings: Preset = args.settings
         self.out: Path = args.out
         self.save_every: int = args.save_every
@@ -246,9 +257,10 @@ class Comparison:
             },
         )
 
-    def train(self, cell: Cell, cap: float | None, interrupt: Interrupt) -> Result | None:
-        """One run, ``cap`` seconds of training at most; ``None`` when it was interrupted before its first update."""
+    def train(self, cell: Cell, interrupt: Interrupt) -> Result | None:
+        """One run; ``None`` when it was interrupted before its first update."""
         settings, folder = self.settings, report.run_folder(self.out, cell.label, cell.seed)
+        cap = settings.seconds or None
         saves = CheckpointEvery(folder / "checkpoints", self.save_every)
         agent, step = self.start(cell, folder, saves.checkpoints)
         agent.set_logger(open_logger(folder, ["tensorboard", "csv"], step))
@@ -295,31 +307,39 @@ class Comparison:
     def run(self, plan: Sequence[Cell], write: Callable[[Result, list[Result]], str]) -> int:
         """Train what is not finished, write the report after each run, and print it in the end; the exit status.
 
-        ``write`` gets the result of the base policy and those of the runs so far, in the order of the plan.
+        The runs are trained one after another, or with ``--ray`` as `ray_runs.RayRuns` does. ``write`` gets the result
+        of the base policy and those of the runs so far, in the order of the plan.
         """
+        train_all: Callable[[Iterable[Cell], Interrupt], Iterator[tuple[Cell, Outcome]]] = self.one_after_another
         with clear_errors():
             base = self.finished(BASE)
             results = {cell: self.finished(cell) for cell in plan}
             for cell in {cell.label: cell for cell in plan}.values():
                 self.agent(cell)  # wrong settings show now and not hours later
-        cap = self.settings.seconds or None
+            if self.args.ray is not None and None in results.values():
+                train_all = ray_runs.RayRuns(self.args, self.base.device)
+
+        def missing() -> Iterator[Cell]:
+            for cell in plan:
+                if interrupt.requested:
+                    return
+                results[cell] = results[cell] or self.finished(cell)  # another process may have trained it by now
+                if results[cell] is None:
+                    yield cell
+                else:
+                    tqdm.write(f"{cell}: finished earlier, not trained again", file=sys.stderr)
+
         failed, written = False, ""
         notice = "finishing this update, then evaluating and writing; once more skips the evaluation"
         with Interrupt(notice) as interrupt:
             try:
                 base = base or self.result(BASE, self.base, finished=True)
-                for cell in plan:
-                    if interrupt.requested:
-                        break
-                    results[cell] = results[cell] or self.finished(cell)  # another process may have trained it by now
-                    if results[cell] is not None:
-                        tqdm.write(f"{cell}: finished earlier, not trained again", file=sys.stderr)
-                        continue
-                    try:
-                        results[cell] = self.train(cell, cap, interrupt)
-                    except RuntimeError as error:
+                for cell, outcome in train_all(missing(), interrupt):
+                    if isinstance(outcome, Exception):
                         failed = True
-                        tqdm.write(f"{cell} failed and is left out: {error}", file=sys.stderr)
+                        tqdm.write(f"{cell} failed and is left out: {outcome}", file=sys.stderr)
+                    else:
+                        results[cell] = outcome
                     written = write(base, [result for result in results.values() if result is not None])
             except KeyboardInterrupt:
                 tqdm.write("skipped the evaluation of this run", file=sys.stderr)
@@ -331,6 +351,15 @@ class Comparison:
                 print("\nInterrupted; the same command goes on with the runs that are missing.")
                 return INTERRUPTED
         return int(failed)
+
+    def one_after_another(self, cells: Iterable[Cell], interrupt: Interrupt) -> Iterator[tuple[Cell, Outcome]]:
+        """Train runs in this process; each with what came out."""
+        for cell in cells:
+            try:
+                outcome: Outcome = self.train(cell, interrupt)
+            except (OSError, RuntimeError) as error:  # such as a full disk, or numbers that are not finite
+                outcome = error
+            yield cell, outcome
 
 
 def fingerprint(policy: Policy) -> str:
