@@ -168,7 +168,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace) -> None:
         if current().count > 1:
             raise ValueError(
-                "a comparison is one process: many runs at a time take --ray, and one run on several GPUs examples/train.py"
+                "a comparison is one process: many runs at a time take --ray, one run on several GPUs examples/train.py"
             )
         self.args = args
         self.settings: Preset = args.settings

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 from stable_baselines3.common.logger import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_examples import COMPARE, EXAMPLES, TINY, command, module, run, variables, weights  # noqa: F401 (a fixture)
+from test_examples import COMPARE, EXAMPLES, TINY, command, module, refused, run, variables, weights  # noqa: F401 (a fixture)
 from test_save_load import same
 
 from agents import CheckpointEvery, Checkpoints, StopAfter
@@ -130,3 +131,16 @@ def run_soak(*options):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_a_comparison_is_one_process(weights, module, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(module("runs"), "current", lambda: SimpleNamespace(count=2))
+    options = [*weights, *COMPARE, "--agents", "grpo", "--out", tmp_path]
+    assert "a comparison is one process: many runs at a time take --ray" in refused(module("compare").main, *options)
+
+
+def test_a_run_that_cannot_be_written_is_left_out(weights, module, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "grpo").write_text("a file in its place")
+    options = [*weights, *COMPARE, "--agents", "grpo", "--out", tmp_path]
+    assert module("compare").main([str(option) for option in options]) == 1
+    assert "grpo, seed 0 failed and is left out" in capsys.readouterr().err
