@@ -50,8 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="train many runs at a time as tasks of Ray: without an address in the cluster that RAY_ADDRESS names, or "
         "else on all CPUs and GPUs of this machine; auto is the cluster that this machine is part of, or give "
         "HOST:6379 or ray://HOST:10001. On several machines, --out must be on a file system that they share, with code "
-        "and files at the same paths, and agents of your own must come by --plugin. Before a name that is no address, "
-        "write it last (default: without Ray, one run after another)",
+        "and files at the same paths, and agents of your own must come by --plugin. The next word is taken for the "
+        "address, so write a bare --ray last (default: without Ray, one run after another)",
     )
     group.add_argument(
         "--ray-gpus",
@@ -65,8 +65,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="CPUS",
-        help="a run, as many threads of torch, and as many runs at a time as there are CPUs for. The number of threads "
-        "may change the last digits of a score (default: %(default)s)",
+        help="CPUs a run, each a thread of torch; as many runs go on at a time as there are CPUs, and GPUs, for. The "
+        "number of threads may change the last digits of a score (default: %(default)s)",
     )
     group.add_argument(
         "--ray-retries",

@@ -157,12 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(kept(saves.checkpoints), file=sys.stderr)
             return INTERRUPTED
-        except (
-            OSError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:  # a full disk, a loss or a reward that is no finite number
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # a full disk, numbers that are not finite, ...
             sys.exit(f"error: {error}\n{kept(saves.checkpoints)}")
     if agent.processes.is_first:
         print(f"{agent.images_decoded} images, {agent.n_updates} updates: {args.out}")
