@@ -154,7 +154,7 @@ class TestNumbers:
         agent.set_logger(csv_logger(tmp_path))
         agent.learn(LONG, StopAfter(updates=1))
         before, average = weights_of(agent.policy), weights_of(agent.ema)
-        with pytest.warns(UserWarning, match=r"the loss of update 2 is nan: the step was not applied"):
+        with pytest.warns(UserWarning, match=r"the loss of update [23] is nan: the step was not applied"):
             agent.learn(LONG, StopAfter(updates=3), reset_num_timesteps=False)
         assert same(weights_of(agent.policy), before) and same(weights_of(agent.ema), average)
         assert (agent.n_updates, agent.skipped_steps) == (3, 2)
@@ -206,11 +206,11 @@ def test_a_checkpoint_that_was_half_written_by_a_killed_process_is_no_checkpoint
     def die(agent, folder):
         folder.mkdir()
         (folder / "policy.safetensors").write_bytes(b"half")
-        raise KeyboardInterrupt  # the second Ctrl-C
+        raise KeyboardInterrupt("the second Ctrl-C")
 
     def poison():
         monkeypatch.setattr(resume_module, "write", die)
 
-    run(KeyboardInterrupt, "", before=poison, at=3)
+    run(KeyboardInterrupt, "the second", before=poison, at=3)
     monkeypatch.undo()
     intact(tmp_path / "run", parts, updates=2)
