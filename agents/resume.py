@@ -147,7 +147,7 @@ class Checkpoints:
         path = self.newest() if together.is_first else None
         path = together.broadcast(path)
         assert path is not None
-        return load(path, env, device, **replaced)
+        return read(path, env, device, replaced)
 
 
 def updates_of(path: Path) -> int:
@@ -263,8 +263,12 @@ def load(path: str | Path, env: Any = None, device: torch.device | str = "auto",
         ValueError: it is damaged, or of another format, or its agent's class is not known here; or a setting to change
             does not exist.
     """
-    path = Path(path)
     verify(path)
+    return read(Path(path), env, device, replaced)
+
+
+def read(path: Path, env: Any, device: torch.device | str, replaced: dict[str, Any]) -> Agent | Wrapper:
+    """`load` of a checkpoint that is known to be whole: to hash its files once, in one process, is enough."""
     try:
         content = json.loads((path / "state.json").read_text())
         if content["format"] != FORMAT:
