@@ -3,6 +3,7 @@
     python examples/pretrain.py tokenizer            # minutes on two cores
     python examples/pretrain.py tokenizer --bits 16  # tokens of 16 bits in place of a codebook
     python examples/pretrain.py policy               # hours on two cores, minutes on a GPU
+    python examples/pretrain.py policy --faults --start plain.safetensors  # goes on with planted faults
     python examples/pretrain.py policy --policy qwen # a decoder of the transformers library in its place
     python examples/pretrain.py export               # bf16 copies into the packages, with their cards
 
@@ -14,6 +15,7 @@ there are curves and sample pictures too. How well OCR reads the results: ``exam
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +37,7 @@ from agents.policies.base import Policy
 from agents.policies.var_text import VARTextPolicy
 from agents.sampling import Decoding, draw
 from var_env.bits import BitTokenizer, bit_entropies
+from var_env.faults import Faults
 from var_env.raster import RasterTokenizer
 from var_env.scenes import Scene, World, render
 from var_env.schedule import ScaleSchedule
@@ -46,18 +49,23 @@ if TYPE_CHECKING:
 
 
 class SceneStream(torch.utils.data.IterableDataset):
-    """Batches of training scenes: batch i is drawn from ``(seed, i)`` alone, so a resumed run draws the same."""
+    """Batches of training scenes as their prompts ask for them, and images, which may show planted faults instead.
 
-    def __init__(self, batch: int, seed: int, start: int) -> None:
-        self.batch, self.seed, self.start = batch, seed, start
+    Batch i is drawn from ``(seed, i)`` alone, so a resumed run draws the same.
+    """
+
+    def __init__(self, batch: int, seed: int, start: int, faults: Faults) -> None:
+        self.batch, self.seed, self.start, self.faults = batch, seed, start, faults
         self.world = World(split="train")
+        faults.check_world(self.world)
 
     def __iter__(self) -> Iterator[tuple[list[Scene], Tensor]]:
         i = self.start
         while True:
             rng = np.random.default_rng([self.seed, i])
             scenes = [self.world.sample(rng) for _ in range(self.batch)]
-            yield scenes, torch.from_numpy(np.stack([render(scene) for scene in scenes]))
+            shown = [self.faults.shown(scene, self.world, rng) for scene in scenes]
+            yield scenes, torch.from_numpy(np.stack([render(scene) for scene in shown]))
             i += 1
 
 
@@ -215,11 +223,13 @@ def train_policy(args: argparse.Namespace) -> None:
     forward = torch.compile(policy.from_features) if args.compile else policy.from_features
     schedule, steps = tokenizer.schedule, range(len(tokenizer.schedule))
     bands = [(name, sum(schedule.sizes[t] for t in band)) for name, band in schedule.bands]
-    for step, (scenes, images) in run.steps(args.policy_steps, args.policy_lr, plateau):
+    shape = functools.partial(plateau, decay=args.decay)
+    for step, (scenes, images) in run.steps(args.policy_steps, args.policy_lr, shape):
         generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
         with torch.no_grad(), torch.autocast(args.device, dtype=torch.bfloat16):
             encoded = tokenizer.features(to_unit(images.to(args.device))).float()
-        written, labels = tokenizer.quantise(encoded, args.swap, generator)
+        # Swapped codes teach a policy to correct itself. At the end they would only blur what it is sure of.
+        written, labels = tokenizer.quantise(encoded, args.swap * shape(step, args.policy_steps), generator)
         cond: Any = policy.encode_prompts([scene.prompt for scene in scenes])
         dropped = torch.rand(len(scenes), 1, generator=generator, device=args.device) < args.drop_prompt
         cond = type(cond)(
@@ -248,7 +258,9 @@ def train_policy(args: argparse.Namespace) -> None:
 
 
 def new_policy(args: argparse.Namespace, tokenizer: VisualTokenizer) -> VARTextPolicy | QwenPolicy:
-    """Random weights."""
+    """Random weights, or those of ``--start``."""
+    if args.start is not None:
+        return load_policy(args.start, tokenizer)  # type: ignore[return-value]
     if args.policy == "qwen":
         from agents.policies.qwen import QwenPolicy
 
@@ -273,10 +285,10 @@ def cosine(step: int, total: int) -> float:
     return min(1.0, 50 * step / total) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / total)) / 2)
 
 
-def plateau(step: int, total: int) -> float:
-    """A warm-up over 64 steps, then flat, then down to 2 % over the last 15 %. A checkpoint of the flat part can go on
-    to any later end, by another ``--policy-steps`` (warm-up-stable-decay; Hu et al., arXiv 2404.06395)."""
-    return min(1.0, step / 64) * min(1.0, 0.02 + 0.98 * (1 - step / total) / 0.15)
+def plateau(step: int, total: int, decay: float) -> float:
+    """A warm-up over 64 steps, then flat, then down to 2 % over the last share `decay`. A checkpoint of the flat part
+    can go on to any later end, by another ``--policy-steps`` (warm-up-stable-decay; Hu et al., arXiv 2404.06395)."""
+    return min(1.0, step / 64) * min(1.0, 0.02 + 0.98 * (1 - step / total) / decay)
 
 
 def decay_groups(policy: Policy) -> list[dict]:
@@ -330,7 +342,8 @@ class Run:
     def steps(self, total: int, peak: float, shape: Callable[[int, int], float]) -> Iterator[tuple[int, Any]]:
         """Numbered batches, with the learning rate set to `peak` times `shape(step, total)`."""
         args = self.args
-        scenes = SceneStream(self.batch, args.seed, self.first)
+        faults = args.faults if self.name == "policy" else Faults()  # a tokenizer has no prompt to deviate from
+        scenes = SceneStream(self.batch, args.seed, self.first, faults)
         stream = torch.utils.data.DataLoader(scenes, batch_size=None, num_workers=args.workers)
         self.clock = time.monotonic()
         for step, batch in zip(range(self.first, total), stream, strict=False):
@@ -411,13 +424,38 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=3)
-    parser.add_argument("--swap", type=float, default=0.03, help="share of input codes swapped for a near one")
+    parser.add_argument("--start", type=Path, help="a policy's weights to start from, in place of random ones")
+    parser.add_argument(
+        "--faults",
+        nargs="?",
+        const="default",
+        default="none",
+        help="train the policy on scenes with planted faults: the default table, or a JSON file (var_env/faults.py)",
+    )
+    parser.add_argument(
+        "--decay",
+        type=float,
+        default=0.15,
+        help="share of the policy's steps in which the learning rate falls (%(default)s)",
+    )
+    parser.add_argument(
+        "--swap",
+        type=float,
+        default=0.03,
+        help="share of input codes swapped for a near one, which falls with the learning rate (%(default)s)",
+    )
     parser.add_argument("--drop-prompt", type=float, default=0.1, help="share of samples trained without their prompt")
     parser.add_argument("--compile", action="store_true", help="torch.compile the policy's forward pass")
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--picture-every", type=int, default=500)
     args = parser.parse_args()
+    try:
+        args.faults = Faults.load(args.faults)
+    except ValueError as error:
+        parser.error(str(error))
+    if not 0 < args.decay <= 1:
+        parser.error(f"--decay is a share above 0 and at most 1, got {args.decay}")
     if args.bits is not None and (args.bits < 1 or args.schedule == "raster"):
         parser.error(f"--bits takes a number of at least 1 and --schedule scales, got {args.bits}, {args.schedule}")
     return args

@@ -43,7 +43,11 @@ def test_scores_are_those_of_the_pictures(parts):
     canvas = agent.policy.tokenizer.blank(16)
     for t, grid in enumerate(rollout.grids):
         canvas = agent.policy.tokenizer.write(t, canvas, grid)
-    assert (agent.policy.tokenizer.decode(canvas).numpy() == rollout.images).all()  # rows and pictures belong together
+    # Rows and images belong together. A convolution of 16 images at once and in two parts may round differently, by one
+    # step of uint8 at most; images of other rows differ by far more.
+    off = np.abs(agent.policy.tokenizer.decode(canvas).numpy().astype(int) - rollout.images)
+    assert off.max() <= 1 and off.mean() < 0.01
+    assert np.abs(rollout.images[1:].astype(int) - rollout.images[:-1]).mean((1, 2, 3)).min() > 1
 
 
 def test_same_prompts_in_the_same_order_as_in_one_piece(parts):

@@ -125,7 +125,7 @@ class World:
         template = TEMPLATES[rng.integers(len(TEMPLATES))]
         prompt = template.format(words=" above ".join(f'"{word}"' for word in words), ink=ink, ground=ground)
         colours = PALETTE["dark"] | PALETTE["light"]
-        return Scene(prompt, words, self._place(words, rng), self.size, colours[ink], colours[ground])
+        return Scene(prompt, words, self.place(words, rng), self.size, colours[ink], colours[ground])
 
     def held_out(self, count: int, seed: int = 0, split: str = "test") -> list[Scene]:
         """``count`` scenes of another split; the first ones are the same whatever the count."""
@@ -143,7 +143,7 @@ class World:
             if split_of(word) == self.split:
                 return word
 
-    def _place(self, words: tuple[str, ...], rng: np.random.Generator) -> tuple[tuple[int, int, int, int], ...]:
+    def place(self, words: tuple[str, ...], rng: np.random.Generator) -> tuple[tuple[int, int, int, int], ...]:
         """One box a word, centred, at the lattice rows that ``_rows`` gives."""
         boxes = []
         for word, row in zip(words, self._rows(len(words), rng), strict=True):
