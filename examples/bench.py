@@ -1,0 +1,17 @@
+"""Time the environment, the reward, sampling and updates, and compare with the targets for two cores.
+
+What it does, and its options, are in agents/experiments/bench.py; ``python examples/bench.py --help`` tells them.
+"""
+
+import sys
+
+from var_env.agents_clash import check_agents
+
+if __name__ == "__main__":
+    try:
+        check_agents()
+    except ImportError as error:
+        sys.exit(f"error: {error}")
+    from agents.experiments.bench import main
+
+    sys.exit(main())

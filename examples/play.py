@@ -1,0 +1,17 @@
+"""Watch a picture grow scale by scale: in the terminal, as a PNG strip, or as an animated GIF.
+
+What it does, and its options, are in agents/experiments/play.py; ``python examples/play.py --help`` tells them.
+"""
+
+import sys
+
+from var_env.agents_clash import check_agents
+
+if __name__ == "__main__":
+    try:
+        check_agents()
+    except ImportError as error:
+        sys.exit(f"error: {error}")
+    from agents.experiments.play import main
+
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Train one agent on VARText-v0, with every setting an option.
+
+What it does, and its options, are in agents/experiments/train.py; ``python examples/train.py --help`` tells them.
+"""
+
+import sys
+
+from var_env.agents_clash import check_agents
+
+if __name__ == "__main__":
+    try:
+        check_agents()
+    except ImportError as error:
+        sys.exit(f"error: {error}")
+    from agents.experiments.train import main
+
+    sys.exit(main())
