@@ -17,7 +17,7 @@ from tiny import STEPS_A_ROLLOUT, csv_logger, tiny_agent, tiny_envs, weights_of
 from agents import CheckpointEvery, Checkpoints, StopAfter
 from agents import resume as resume_module
 from rewards.base import RewardOutput
-from rewards.pool import RewardPool, WorkerError
+from rewards.serving.pool import RewardPool, WorkerError
 
 LONG = 100 * STEPS_A_ROLLOUT
 

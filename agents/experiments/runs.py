@@ -15,34 +15,11 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import ray_runs
-import report
-from common import (
-    INTERRUPTED,
-    CurveEval,
-    ImageBar,
-    add_agent_options,
-    add_model_options,
-    add_prompts_option,
-    add_reward_options,
-    agent_settings,
-    budget,
-    clear_errors,
-    copy_of,
-    load_policy,
-    make_env,
-    option_of,
-    require_at_least_one,
-    settings_of,
-    write_json,
-)
-from report import Result
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
@@ -56,110 +33,27 @@ from agents import (
     Wrapper,
     evaluate,
     held_out_scenes,
-    registry,
+    recipes,
 )
 from agents.callbacks import CheckpointEvery, Interrupt, StopOnSignal
+from agents.common.processes import current
+from agents.experiments import ray_runs, report
+from agents.experiments.agent_options import settings_of
+from agents.experiments.callbacks import CurveEval, ImageBar, budget
+from agents.experiments.cells import BASE, Cell, Outcome, Result
+from agents.experiments.loading import copy_of, load_policy, make_env
+from agents.experiments.options import (
+    INTERRUPTED,
+    clear_errors,
+)
+from agents.experiments.output import write_json
+from agents.experiments.run_options import Preset
 from agents.logs import open_logger
 from agents.policies.base import Policy
-from agents.processes import current
 from var_env import VARTextVectorEnv
 
 SCENE_SEED, NOISE_SEED = 0, 0  # of the held-out prompts, and of the sampler when it draws for them
 NOT_COMPARED = ("seconds",)  # settings in which a finished run may differ from what is asked for
-Outcome = Result | Exception | None  # of a run; None when it was interrupted before its first update
-
-
-# Options -------------------------------------------------------------------------------------------------------------
-
-
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What all runs have in common. Every field is an option of the command line."""
-
-    images: int = option(3200, "budget of each run in reward calls, one for each picture decoded")
-    seconds: float = option(0.0, "cap on the training time of each run; 0 for none")
-    learning_rate: float = option(5e-5, "AdamW's")
-    group_size: int = option(8, "G, pictures for each prompt; prefixes for each in VMR's prefix updates")
-    prompts_per_update: int = option(8, "P, so that an update learns from P * G rows")
-    kl_coef: float = option(0.02, "weight of the KL to the base policy; 0 is without")
-    temperature: float = option(1.0, "of the sampler while training")
-    eval_temperature: float = option(1.0, "of the sampler in evaluations")
-    test_prompts: int = option(256, "held-out prompts of the table, from the test split")
-    val_prompts: int = option(64, "held-out prompts of the curves, from the val split")
-    eval_every: int = option(10, "updates between two evaluations while training")
-
-    def __post_init__(self) -> None:
-        values = dataclasses.asdict(self)
-        require_at_least_one(**{name: value for name, value in values.items() if isinstance(value, int)})
-        for name, value in values.items():
-            if not value >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
-
-
-def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Preset]) -> None:
-    """``--device`` and so on, the fields of `Preset`, ``--ray``, and the agents' settings, for `finish`."""
-    add_model_options(parser)
-    add_reward_options(parser)
-    add_prompts_option(parser)
-    group = parser.add_argument_group("what all runs have in common")
-    for entry in dataclasses.fields(Preset):
-        values = {name: getattr(preset, entry.name) for name, preset in presets.items()}
-        same = len(set(values.values())) == 1
-        default = next(iter(values.values())) if same else ", ".join(f"{v} in {name}" for name, v in values.items())
-        group.add_argument(
-            option_of(entry.name),
-            type=type(entry.default),
-            metavar=type(entry.default).__name__.upper(),
-            help=f"{entry.metadata['help']} (default: {default})",
-        )
-    group.add_argument(
-        "--save-every",
-        type=int,
-        default=10,
-        metavar="UPDATES",
-        help="between two checkpoints, from which a run that was killed goes on (default: %(default)s)",
-    )
-    ray_runs.add_options(parser)
-    add_agent_options(parser, without=[entry.name for entry in dataclasses.fields(Preset)])
-
-
-def finish(args: argparse.Namespace, preset: Preset) -> None:
-    """Set ``args.settings``, a `Preset` with what was given, and ``args.method``, the other settings of the agents."""
-    given = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(Preset)}
-    args.settings = dataclasses.replace(preset, **{name: value for name, value in given.items() if value is not None})
-    require_at_least_one(save_every=args.save_every)
-    ray_runs.check(args)
-    args.method = {name: value for name, value in agent_settings(args).items() if name not in given}
-
-
-# Runs ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run.
-
-    Attributes:
-        label: its folder and its name in tables; not two agents of one ``out`` may share it.
-        recipe: see ``agents/registry.py``.
-        seed: of the prompts and the sampler; ``None`` is no run, but the base policy.
-        method: what makes the agent what it is, see `common.settings_of`.
-    """
-
-    label: str
-    recipe: str
-    seed: int | None
-    method: dict[str, Any] = field(hash=False, default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.label if self.seed is None else f"{self.label}, seed {self.seed}"
-
-
-BASE = Cell("base", "", None)
 
 
 class Comparison:
@@ -242,9 +136,9 @@ class Comparison:
 
     def agent(self, cell: Cell) -> Agent | Wrapper:
         """A new agent on a copy of the base policy."""
-        available = registry.options_in(cell.recipe)
+        available = recipes.options_in(cell.recipe)
         common = {name: value for name, value in dataclasses.asdict(self.settings).items() if name in available}
-        return registry.make(
+        return recipes.make(
             cell.recipe,
             self.env,
             copy_of(self.base),
@@ -317,7 +211,7 @@ class Comparison:
             for cell in {cell.label: cell for cell in plan}.values():
                 self.agent(cell)  # wrong settings show now and not hours later
             if self.args.ray is not None and None in results.values():
-                train_all = ray_runs.RayRuns(self.args, self.base.device)
+                train_all = ray_runs.RayRuns(Comparison, self.args, self.base.device)
 
         def missing() -> Iterator[Cell]:
             for cell in plan:
