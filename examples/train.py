@@ -50,8 +50,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from agents import Agent, Decoding, StopAfter, Wrapper, registry
 from agents.callbacks import BestCheckpoint, CheckpointEvery, Interrupt, StopOnSignal
+from agents.checkpoints import Checkpoints
 from agents.logs import open_logger
-from agents.resume import Checkpoints
 from agents.schedules import SCHEDULES, make_schedule
 
 COUNTS = ("images", "save_every", "save_total", "eval_every", "eval_prompts")  # options of at least 1

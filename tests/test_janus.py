@@ -16,8 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from agents import Decoding, make
-from agents.checkpoint import load
+from agents import Decoding, load, make
 from agents.policies import load_policy
 from agents.policies.contract import FixedPrompts, PolicyContract, TokenizerContract, TopHalf, random_grids
 from agents.policies.janus import TEMPLATE, JanusPolicy
