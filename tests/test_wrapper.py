@@ -60,13 +60,13 @@ class TestSetting:
     def test_what_the_agent_inside_has_is_refused(self, parts, name):
         agent = chain(parts)
         before = getattr(agent, name)
-        with pytest.raises(AttributeError, match=f"{name} belongs to VMR inside MaskPropagation: set it on .unwrapped"):
+        with pytest.raises(AttributeError, match=rf"{name} belongs to VMR inside .*set it on \.unwrapped"):
             setattr(agent, name, 1)
         assert getattr(agent, name) == before and name not in vars(agent)
 
     def test_what_a_wrapper_inside_has_is_refused(self, parts):
         agent = chain(parts)
-        with pytest.raises(AttributeError, match="alpha is an option of PANW inside this wrapper: set it on .agent"):
+        with pytest.raises(AttributeError, match=r"alpha is an option of PANW inside .*set it on \.agent"):
             agent.alpha = 0.1
         agent.agent.alpha = 0.1
         assert agent.alpha == 0.1
