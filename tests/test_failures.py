@@ -15,7 +15,7 @@ from test_save_load import same
 from tiny import STEPS_A_ROLLOUT, csv_logger, tiny_agent, tiny_envs, weights_of
 
 from agents import CheckpointEvery, Checkpoints, StopAfter
-from agents import resume as resume_module
+from agents.saving import folder as saving_folder
 from rewards.base import RewardOutput
 from rewards.serving.pool import RewardPool, WorkerError
 
@@ -203,13 +203,13 @@ class TestMemory:
 
 
 def test_a_checkpoint_that_was_half_written_by_a_killed_process_is_no_checkpoint(run, parts, tmp_path, monkeypatch):
-    def die(agent, folder):
+    def die(saved, folder):
         folder.mkdir()
         (folder / "policy.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt("the second Ctrl-C")
 
     def poison():
-        monkeypatch.setattr(resume_module, "write", die)
+        monkeypatch.setattr(saving_folder, "write", die)
 
     run(KeyboardInterrupt, "the second", before=poison, at=3)
     monkeypatch.undo()

@@ -133,8 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(args.out / "tuned.json", content)
         text = trial_table(agents)
         about = (
-            f"Reward on {comparison.settings.test_prompts} validation prompts after {budget['images']} reward calls. The "
-            f"base policy has {base['metrics']['reward'][0]:.3f}. The best trial of each agent is marked."
+            f"Reward on {comparison.settings.test_prompts} validation prompts after {budget['images']} reward calls. "
+            f"The base policy has {base['metrics']['reward'][0]:.3f}. The best trial of each agent is marked."
         )
         page = ["# Trials", about, text, "## Settings", report.setting_list(comparison.described)]
         write_text(args.out / "results.md", "\n\n".join(page) + "\n")
