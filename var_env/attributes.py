@@ -145,9 +145,10 @@ def counterparts(asked: Sequence[str], read: Sequence[str]) -> list[str | None]:
 def letter_fates(word: str, shown: str, partners: Mapping[str, str]) -> list[str]:
     """For each letter of a word "right", "confused" (shown as its partner) or "other" (another letter, or none)."""
     fates = ["right"] * len(word)
-    for operation, i, j in Levenshtein.editops(word, shown).as_list():
-        if operation != "insert":
-            confused = operation == "replace" and partners.get(word[i]) == shown[j]
+    for edit in Levenshtein.editops(word, shown):
+        i, j = edit.src_pos, edit.dest_pos
+        if edit.tag != "insert":
+            confused = edit.tag == "replace" and partners.get(word[i]) == shown[j]
             fates[i] = "confused" if confused else "other"
     return fates
 
@@ -189,7 +190,7 @@ def colours_asked(scene: Scene) -> tuple[str | None, str | None]:
     """
     if scene.boxes:
         known = {value: name for name, value in COLOURS.items()}
-        return known.get(tuple(scene.ink)), known.get(tuple(scene.ground))
+        return known.get(scene.ink), known.get(scene.ground)
     for template in ASKED:
         match = template.fullmatch(scene.prompt)
         if match:
@@ -272,7 +273,7 @@ def shares(record: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
     def share(part: str, whole: float) -> float:
         return totals[part] / whole if whole else float("nan")
 
-    found = {}
+    found: dict[str, float] = {}
     for kind, fates in {"affected": ("confused", "other"), "plain": ("right", "other")}.items():
         found |= {f"{kind}_{fate}": share(f"{kind}_{fate}", totals[f"letters_{kind}"]) for fate in fates}
     found["words_missing"] = share("words_missing", totals["words_asked"])
