@@ -27,12 +27,12 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from torch import Tensor
 
 from agents import checkpoint, logs
-from agents.callbacks import SampleProgressBar
 from agents.common import processes
 from agents.common.checks import require_at_least
 from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
+from agents.progress import SampleProgressBar
 from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs
 from agents.sampling import Decoding, SharedNoise
 from rewards.serving.pool import RewardPool

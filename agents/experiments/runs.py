@@ -1,4 +1,4 @@
-"""Runs on common ground, for compare.py and ablate.py: what all have in common, one run, and a plan of many.
+"""Runs on common ground, for `vartext compare` and its like: what all have in common, one run, and a plan of many.
 
 A run is a `Cell`: an agent, its settings and a seed. Its folder, OUT/LABEL/seedK, holds all that it writes, and when
 result.json there says that it is finished, it is not trained again. One that was interrupted or killed goes on from its
@@ -62,7 +62,7 @@ class Comparison:
     def __init__(self, args: argparse.Namespace) -> None:
         if current().count > 1:
             raise ValueError(
-                "a comparison is one process: many runs at a time take --ray, one run on several GPUs examples/train.py"
+                "a comparison is one process: many runs at a time take --ray, one run on several GPUs `vartext train`"
             )
         self.args = args
         self.settings: Preset = args.settings

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 DEFAULT_SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8)], patch=8)  # 130 tokens
-MAKER = "examples/pretrain.py tokenizer"
+MAKER = "vartext pretrain tokenizer"
 
 
 class MultiScaleTokenizer(VisualTokenizer):
