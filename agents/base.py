@@ -59,7 +59,7 @@ class Agent(BaseAlgorithm):
         prompts_per_update: P, of all processes together. The prompts of update u depend on the seed and on u alone,
             whatever the agent and the processes.
         learning_rate: AdamW's, a number or a function of the remaining progress, 1 to 0, such as those of
-            ``agents/schedules.py``.
+            ``agents/common/schedules.py``.
         max_grad_norm: the gradient is scaled down to this norm.
         max_skipped: so many optimiser steps in a row may be skipped since their loss or gradient is not finite, before
             training ends with an error; 0 ends it at once. A run that goes on from a checkpoint meets the same numbers
@@ -85,7 +85,7 @@ class Agent(BaseAlgorithm):
         seconds: time in sampling, decoding, reward and update; callbacks do not count.
         reference: the frozen policy that the KL term holds on to, if the algorithm has one.
         ema: the averaged policy, if there is one.
-        processes: those that train this agent together, see ``agents/processes.py``.
+        processes: those that train this agent together, see ``agents/common/processes.py``.
     """
 
     policy: Policy  # type: ignore[assignment]

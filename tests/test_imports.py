@@ -43,8 +43,6 @@ FLOORS = {  # a module may import its own floor and those above it in this table
     "cli": ("agents.cli", "examples."),
 }
 OLD_NAMES = ("agents.policies.contract",)  # kept for foreign code: not imported here, and imports what it likes
-    "agents.policies.contract",
-)  # kept for foreign code, not imported here, and imports what it likes  # kept for foreign code: nothing here imports it, and it imports what it likes
 TIES = {  # still to be turned round: one that is gone must be taken off here, and none may join
     ("agents.base", "agents.wrapper"),
     ("agents.checkpoint", "agents.base"),

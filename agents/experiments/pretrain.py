@@ -31,7 +31,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="scales: coarse to fine, as VAR. raster: the finest scale alone, token by token, as plain autoregression",
     )
     parser.add_argument("--vocab-size", type=int, default=512, help="codes of the tokenizer (%(default)s)")
-    parser.add_argument("--bits", type=int, help="bits of a token, in place of a codebook (var_env/bits.py)")
+    parser.add_argument("--bits", type=int, help="bits of a token, in place of a codebook (var_env/tokenizers/bits.py)")
     parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="checkpoints and logs (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")

@@ -1,6 +1,6 @@
 """The visual tokenizer: VAR's multi-scale residual vector quantiser (Tian et al., 2024, arXiv 2404.02905).
 
-An image becomes T token grids, coarse to fine, that share one codebook (or, in ``var_env/bits.py``, have none).
+An image becomes T token grids, coarse to fine, that share one codebook (or, in ``bits.py``, have none).
 Encoding walks the scales::
 
     residual = features                                        # (B, C, H, W)
