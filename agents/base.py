@@ -16,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3.common import utils
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 
@@ -26,6 +26,7 @@ from agents.common.checks import require_at_least
 from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
+from agents.progress import SampleProgressBar
 from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs
 from agents.sampling import Decoding, SharedNoise
 from agents.trainable import Trainable
@@ -35,19 +36,6 @@ from var_env.tokenizers.base import VisualTokenizer
 from var_env.vector import VARTextVectorEnv
 
 AgentT = TypeVar("AgentT", bound="Agent")
-
-
-class SampleProgressBar(ProgressBarCallback):
-    """The progress bar over environment steps of all rows that an agent samples, forks included."""
-
-    def _on_training_start(self) -> None:
-        super()._on_training_start()
-        self._shown = self.model.num_timesteps
-
-    def _on_step(self) -> bool:
-        self.pbar.update(self.model.num_timesteps - self._shown)
-        self._shown = self.model.num_timesteps
-        return True
 
 
 class StopLearning(Exception):
@@ -64,7 +52,7 @@ class Agent(Trainable):
         prompts_per_update: P, of all processes together. The prompts of update u depend on the seed and on u alone,
             whatever the agent and the processes.
         learning_rate: AdamW's, a number or a function of the remaining progress, 1 to 0, such as those of
-            ``agents/schedules.py``.
+            ``agents/common/schedules.py``.
         max_grad_norm: the gradient is scaled down to this norm.
         max_skipped: so many optimiser steps in a row may be skipped since their loss or gradient is not finite, before
             training ends with an error; 0 ends it at once. A run that goes on from a checkpoint meets the same numbers
@@ -90,7 +78,7 @@ class Agent(Trainable):
         seconds: time in sampling, decoding, reward and update; callbacks do not count.
         reference: the frozen policy that the KL term holds on to, if the algorithm has one.
         ema: the averaged policy, if there is one.
-        processes: those that train this agent together, see ``agents/processes.py``.
+        processes: those that train this agent together, see ``agents/common/processes.py``.
     """
 
     def __init__(

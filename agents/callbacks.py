@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
@@ -15,12 +15,9 @@ from tqdm import tqdm
 from agents.base import Agent
 from agents.checkpoints import Checkpoints, updates_of
 from agents.common.files import replacing
+from agents.evaluation import Evaluation, evaluate, held_out_scenes
 from agents.sampling import Decoding
 from var_env.scenes import Scene
-
-if TYPE_CHECKING:
-    from agents.evaluation import Evaluation
-
 
 LOWER_IS_BETTER = ("nothing_read",)  # of the metrics in Evaluation.means()
 
@@ -111,8 +108,6 @@ class HeldOutEval(AgentCallback):
 
     def evaluate(self) -> None:
         """Evaluate now, and record."""
-        from agents.evaluation import evaluate, held_out_scenes
-
         agent = self.model
         assert agent.env is not None
         self.scenes = self.scenes or held_out_scenes(agent.env.world, self.count, self.seed, self.split)

@@ -1,17 +1,15 @@
 """Time the environment, the reward, sampling and updates, and compare with the targets for two cores.
 
-What it does, and its options, are in agents/experiments/bench.py; ``python examples/bench.py --help`` tells them.
+The same as ``vartext bench``: what it does, and its options, are in agents/experiments/bench.py.
 """
 
 import sys
 
-from var_env.agents_clash import check_agents
-
 if __name__ == "__main__":
     try:
-        check_agents()
-    except ImportError as error:
-        sys.exit(f"error: {error}")
-    from agents.experiments.bench import main
+        from agents.experiments.bench import main
+    except ImportError as error:  # perhaps there is another package of the name
+        from var_env.agents_clash import find_clash
 
+        sys.exit(f"error: {find_clash() or error}")
     sys.exit(main())

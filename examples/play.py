@@ -1,17 +1,15 @@
 """Watch a picture grow scale by scale: in the terminal, as a PNG strip, or as an animated GIF.
 
-What it does, and its options, are in agents/experiments/play.py; ``python examples/play.py --help`` tells them.
+The same as ``vartext play``: what it does, and its options, are in agents/experiments/play.py.
 """
 
 import sys
 
-from var_env.agents_clash import check_agents
-
 if __name__ == "__main__":
     try:
-        check_agents()
-    except ImportError as error:
-        sys.exit(f"error: {error}")
-    from agents.experiments.play import main
+        from agents.experiments.play import main
+    except ImportError as error:  # perhaps there is another package of the name
+        from var_env.agents_clash import find_clash
 
+        sys.exit(f"error: {find_clash() or error}")
     sys.exit(main())

@@ -1,17 +1,15 @@
 """Train the tokenizer and the base policy of VARText by teacher forcing, from a seed.
 
-What it does, and its options, are in agents/experiments/pretrain.py; ``python examples/pretrain.py --help`` tells them.
+The same as ``vartext pretrain``: what it does, and its options, are in agents/experiments/pretrain.py.
 """
 
 import sys
 
-from var_env.agents_clash import check_agents
-
 if __name__ == "__main__":
     try:
-        check_agents()
-    except ImportError as error:
-        sys.exit(f"error: {error}")
-    from agents.experiments.pretrain import main
+        from agents.experiments.pretrain import main
+    except ImportError as error:  # perhaps there is another package of the name
+        from var_env.agents_clash import find_clash
 
+        sys.exit(f"error: {find_clash() or error}")
     sys.exit(main())

@@ -38,7 +38,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecMonitor
 
-from agents.experiments.options import clear_errors, make_parser, require_at_least_one
+from agents.experiments.options import Parser, clear_errors, require_at_least_one
 from agents.experiments.output import table
 from agents.policies import load_policy
 from agents.sb3_policy import VARActorCriticPolicy
@@ -72,7 +72,7 @@ class OnePrompt(World):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--policy", choices=("transformer", "mlp"), default="transformer", help="(default: %(default)s)"
     )

@@ -34,7 +34,7 @@ from urllib.request import urlopen
 import numpy as np
 
 import rewards
-from agents.experiments.options import clear_errors, make_parser
+from agents.experiments.options import Parser, clear_errors
 from agents.experiments.output import table, write_json, write_text
 from rewards.serving.client import RewardClient, ServiceError
 from var_env.scenes import World, render
@@ -172,7 +172,7 @@ class Soak:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--seconds", type=float, default=120, help="how long (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=8, help="at the same time (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="of the service (default: %(default)s)")

@@ -47,8 +47,8 @@ from tqdm import tqdm
 
 from agents import Agent, CheckpointEvery, Checkpoints, HeldOutEval, StopAfter, Wrapper, recipes, stored
 from agents.callbacks import AgentCallback
-from agents.experiments.agent_options import add_plugin_option, load_plugins
-from agents.experiments.options import clear_errors, make_parser, require_at_least_one
+from agents.experiments.agent_options import add_plugin_option
+from agents.experiments.options import Parser, clear_errors, require_at_least_one
 from agents.experiments.output import table, write_json, write_text
 from agents.logs import open_logger
 from agents.policies.var_text import VARTextPolicy
@@ -222,8 +222,7 @@ def memory_of(recipe: str, updates: int) -> list[float]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    load_plugins(argv)
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--agents", nargs="*", default=[], metavar="AGENT", help="to be killed (default: all)")
     add_plugin_option(parser)
     parser.add_argument("--kills", type=int, default=20, help="of each agent (default: %(default)s)")

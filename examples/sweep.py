@@ -1,17 +1,15 @@
 """Look for the regime in which GRPO learns, on validation words: short runs over a grid, and what there is to learn.
 
-What it does, and its options, are in agents/experiments/sweep.py; ``python examples/sweep.py --help`` tells them.
+The same as ``vartext sweep``: what it does, and its options, are in agents/experiments/sweep.py.
 """
 
 import sys
 
-from var_env.agents_clash import check_agents
-
 if __name__ == "__main__":
     try:
-        check_agents()
-    except ImportError as error:
-        sys.exit(f"error: {error}")
-    from agents.experiments.sweep import main
+        from agents.experiments.sweep import main
+    except ImportError as error:  # perhaps there is another package of the name
+        from var_env.agents_clash import find_clash
 
+        sys.exit(f"error: {find_clash() or error}")
     sys.exit(main())

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from agents import exact, make, recipes
 from agents.callbacks import AgentCallback, StopAfter
-from agents.experiments.options import clear_errors, make_parser
+from agents.experiments.options import Parser, clear_errors
 from agents.experiments.output import table, write_text
 from agents.policies.table import TablePolicy
 from var_env.tabular import VARTabularVectorEnv
@@ -303,7 +303,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     everything = [*recipes.known(), MENDED, *recipes.BUNDLES]
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to make (default: all)")
     parser.add_argument("--out", type=Path, default=Path("results/theory"), help="(default: %(default)s)")

@@ -1,17 +1,15 @@
 """Train one agent on VARText-v0, with every setting an option.
 
-What it does, and its options, are in agents/experiments/train.py; ``python examples/train.py --help`` tells them.
+The same as ``vartext train``: what it does, and its options, are in agents/experiments/train.py.
 """
 
 import sys
 
-from var_env.agents_clash import check_agents
-
 if __name__ == "__main__":
     try:
-        check_agents()
-    except ImportError as error:
-        sys.exit(f"error: {error}")
-    from agents.experiments.train import main
+        from agents.experiments.train import main
+    except ImportError as error:  # perhaps there is another package of the name
+        from var_env.agents_clash import find_clash
 
+        sys.exit(f"error: {find_clash() or error}")
     sys.exit(main())

@@ -79,8 +79,13 @@ def test_help_shows_an_example_and_defaults(script, module, capsys):
         module(script).parse(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert f"python examples/{script}.py" in text and "(default: " in text
-    assert all(option in text for option in ("--policy", "--tokenizer", "--device"))
+    assert f"\n    vartext {script}" in text and "(default: " in text
+    assert all(option in text for option in ("--policy", "--device", "--help-all")) and "--tokenizer" not in text
+    assert len(text.splitlines()) <= 60
+    with pytest.raises(SystemExit):
+        module(script).parse(["--help-all"])
+    everything = capsys.readouterr().out
+    assert "--tokenizer" in everything and len(everything) > len(text)
 
 
 def test_a_foreign_package_agents_is_named(tmp_path):
@@ -99,7 +104,7 @@ class TestAgentOptions:
 
     def test_help_and_defaults_come_from_the_classes(self, module, capsys):
         with pytest.raises(SystemExit):
-            module("compare").main(["--help"])
+            module("compare").main(["--help-all"])
         text = " ".join(capsys.readouterr().out.split())
         assert (
             "--alpha X panw: the exponent of eq. 9, at least 0. The paper finds 0.6 to 0.8 best. (default: 0.6)" in text
@@ -460,8 +465,8 @@ class TestEvaluate:
 
     @pytest.mark.parametrize(("copy", "share"), [(lambda images: images, 1.0), (np.zeros_like, 0.0)])
     def test_the_tokenizer_gate(self, weights, module, monkeypatch, copy, share):
-        script = module("evaluate")
-        args = script.parse(weights)
+        script = module("measuring")
+        args = module("evaluate").parse(weights)
         env = script.make_env(script.load_policy(args))
         monkeypatch.setattr(script, "reconstruct", lambda env, images: copy(images))
         measured, readable = script.tokenizer_gate(env, script.held_out_scenes(env.world, 3))
@@ -494,7 +499,7 @@ class TestPlay:
 
     def test_half_blocks(self, module):
         image = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]]], np.uint8)
-        assert module("play").half_blocks(image, 2) == (
+        assert module("showing").half_blocks(image, 2) == (
             "\x1b[38;2;255;0;0m\x1b[48;2;0;0;255m▀\x1b[38;2;0;255;0m\x1b[48;2;9;9;9m▀\x1b[0m"
         )
 
@@ -539,7 +544,7 @@ class TestSweep:
             torch.randn(*shape, generator=rng, dtype=torch.float64)
             for shape in ((2000, 1, 1), (2000, 4, 1), (2000, 4, 3))
         )
-        between, within = module("sweep").variance_components(5 * prompts + 2 * prefixes + 3 * suffixes)
+        between, within = module("sweeping").variance_components(5 * prompts + 2 * prefixes + 3 * suffixes)
         assert between == pytest.approx(4, rel=0.1) and within == pytest.approx(9, rel=0.1)
 
     def test_conflict(self, weights, module, capsys):

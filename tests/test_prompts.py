@@ -13,6 +13,7 @@ from tiny import tiny_policy
 from tiny_clip import save_tiny_clip
 
 from agents.evaluation import held_out_scenes
+from agents.experiments import measuring
 from rewards import CLIPScore
 from rewards.cvtg import word_metrics
 from rewards.ocr_edit import OCREditReward
@@ -317,8 +318,8 @@ class TestScripts:
         scenes = PromptWorld(tmp_path / "data", split="test").held_out(6)
         expected = word_metrics([scene.words for scene in scenes], prompts["read"])
         assert {name: by_regions["average"][name] for name in expected} == pytest.approx(expected)
-        policy = script.load_policy(script.parse(options))
-        drawn = script.evaluate(policy, script.make_env(policy, split="test", prompts=tmp_path / "data"), scenes)
+        policy = measuring.load_policy(script.parse(options))
+        drawn = measuring.evaluate(policy, measuring.make_env(policy, split="test", prompts=tmp_path / "data"), scenes)
         asked = [scene_from_prompt(f"A photo depicts {scene.prompt}") for scene in scenes]
         scores = CLIPScore(clip, "cpu")(drawn.images, asked).scores
         assert by_regions["average"]["clip"] == pytest.approx(scores.mean(), abs=1e-5)

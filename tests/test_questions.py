@@ -59,8 +59,11 @@ def test_help_teaches(name, script, capsys):
         script(name).main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert f"python examples/questions/{name}.py" in text and "Several processes may share one --out" in text
+    assert f"python examples/questions/{name}.py" in text
     assert all(option in text for option in ("--preset", "--seeds", "--policy", "--images", "(default: "))
+    with pytest.raises(SystemExit):
+        script(name).main(["--help-all"])
+    assert "Several processes may share one --out" in capsys.readouterr().out
 
 
 class TestStatistics:

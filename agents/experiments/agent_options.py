@@ -13,31 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from agents import recipes
-from agents.base import Agent
-from agents.experiments.options import clear_errors, option_of, value_like
-from agents.grpo import GRPO
+from agents.experiments.options import Parser, clear_errors, option_of, value_like
 
 OF_SCRIPTS = ("decoding", "device", "seed", "tensorboard_log", "verbose")  # what scripts have options of their own for
 
 
-def add_plugin_option(parser: argparse.ArgumentParser) -> None:
-    """``--plugin``, for `load_plugins`."""
+def add_plugin_option(parser: Parser) -> None:
+    """``--plugin``, whose files and modules are imported before the agents' options are listed."""
+    option: dict[str, Any] = {"action": "append", "default": [], "metavar": "FILE"}
     parser.add_argument(
         "--plugin",
-        action="append",
-        default=[],
-        metavar="FILE",
         help="a Python file, or a module's name, that registers agents or wrappers of your own with "
         "@agents.register; may be given several times",
+        **option,
     )
 
+    def load(given: Sequence[str]) -> None:
+        alone = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        alone.add_argument("--plugin", **option)
+        with clear_errors():
+            import_plugins(alone.parse_known_args(given)[0].plugin)
 
-def load_plugins(argv: Sequence[str] | None) -> None:
-    """Import what ``--plugin`` names, before the parser that lists the agents' options is made."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_plugin_option(parser)
-    with clear_errors():
-        import_plugins(parser.parse_known_args(argv)[0].plugin)
+    parser.add_later(load)
 
 
 def import_plugins(plugins: Sequence[str]) -> None:
@@ -56,6 +53,9 @@ def import_plugins(plugins: Sequence[str]) -> None:
 
 def own_options(part: type) -> dict[str, Any]:
     """The options, with their defaults, that an algorithm or a wrapper has beyond those of every agent."""
+    from agents.base import Agent
+    from agents.grpo import GRPO
+
     general = {} if recipes.is_wrapper(part) else recipes.options_of(GRPO if issubclass(part, GRPO) else Agent)
     if part is GRPO:
         return {}
@@ -74,20 +74,21 @@ def documented(part: type) -> dict[str, str]:
 
 def agent_options() -> tuple[dict[str, tuple[Any, str]], dict[str, tuple[Any, str]]]:
     """The options that every agent has, and those that some have: name to default and help."""
-    texts = documented(GRPO)
-    general = {name: (value, texts.get(name, "")) for name, value in recipes.options_of(GRPO).items()}
+    known = recipes.known()
+    texts = documented(known["grpo"])
+    general = {name: (value, texts.get(name, "")) for name, value in recipes.options_of(known["grpo"]).items()}
     special: dict[str, tuple[Any, str]] = {}
-    for name, part in recipes.known().items():
+    for name, part in known.items():
         texts = documented(part)
         for option, default in own_options(part).items():
             special.setdefault(option, (default, f"{name}: {texts.get(option, '')}"))
     return {name: entry for name, entry in general.items() if name not in OF_SCRIPTS}, special
 
 
-def add_agent_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+def add_agent_options(parser: Parser, without: Collection[str] = ()) -> None:
     """An option for each setting of the agents that are registered by now, for `agent_settings`."""
     for title, options in zip(("every agent", "agents that have it"), agent_options(), strict=True):
-        group = parser.add_argument_group(f"settings of {title}")
+        group = parser.rare_group(f"settings of {title}")
         for name, (default, text) in options.items():
             if name in without:
                 continue

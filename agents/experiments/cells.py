@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+METRICS = {"reward": "OCR reward", "word_accuracy": "Word Accuracy", "ned": "NED", "nothing_read": "Nothing read"}
+AXES = {
+    "images": "images decoded (reward calls)",
+    "tokens": "tokens sampled",
+    "updates": "updates",
+    "seconds": "seconds of sampling, scoring and updating",
+}
 Result = dict[str, Any]  # as it stands in result.json, see report.py
 Outcome = Result | Exception | None  # of a run; None when it was interrupted before its first update
 

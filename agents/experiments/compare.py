@@ -1,16 +1,17 @@
 """Train agents from the same base policy with the same budget and compare them on the same held-out prompts.
 
-    python examples/compare.py                                  # less than ten minutes on two cores
-    python examples/compare.py --preset full --out runs/full    # hours: five seeds, a larger budget
-    python examples/compare.py --agents                         # lists the agents
-    python examples/compare.py --agents grpo vmr+panw+mp stage ppo reinforce rloo
-    python examples/compare.py --agents grpo+panw --alpha 0.8 --images 6400 --out runs/panw-alone
-    python examples/compare.py --plugin my_agent.py --agents grpo mine vmr+mine
-    python examples/compare.py --preset full --out runs/full --ray                   # many runs at a time
+    vartext compare                                  # less than ten minutes on two cores
+    vartext compare --preset full --out runs/full    # hours: five seeds, a larger budget
+    vartext compare --agents                         # lists the agents
+    vartext compare --agents grpo vmr+panw+mp stage ppo reinforce rloo
+    vartext compare --agents grpo+panw --alpha 0.8 --images 6400 --out runs/panw-alone
+    vartext compare --plugin my_agent.py --agents grpo mine vmr+mine
+    vartext compare --preset full --out runs/full --ray                   # many runs at a time
     tensorboard --logdir runs                                   # scalars, pictures and texts while it trains
 
 An agent is an algorithm and wrappers around it, joined by "+". The default is the paper's method step by step: grpo,
-vmr, vmr+panw, vmr+panw+mp. docs/agents.md tells them apart. Your own joins with one decorator, see custom_agent.py.
+vmr, vmr+panw, vmr+panw+mp. docs/agents.md tells them apart. Your own joins with one decorator, see
+examples/custom_agent.py.
 
 In --out: results.md (the tables), results.json (settings, versions, every score), curves.png, budgets.png (the held-out
 curves against images, tokens, updates and seconds), before_after.png, and for each run AGENT/seedK/ with TensorBoard
@@ -41,13 +42,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agents import recipes
-from agents.experiments import report
-from agents.experiments.agent_options import add_plugin_option, load_plugins
-from agents.experiments.cells import Result
-from agents.experiments.options import clear_errors, make_parser, option_of
+from agents.experiments.agent_options import add_plugin_option
+from agents.experiments.cells import AXES, Result
+from agents.experiments.options import Parser, clear_errors, option_of
 from agents.experiments.run_options import Preset, add_run_options, finish
-from agents.experiments.runs import Comparison
 
 AGENTS = ("grpo", "vmr", "vmr+panw", "vmr+panw+mp")  # the paper's method, step by step
 PRESETS: dict[str, Preset] = {
@@ -58,8 +56,7 @@ SEEDS = {"quick": [0], "full": [0, 1, 2, 3, 4]}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    load_plugins(argv)
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__, "vartext compare")
     parser.add_argument(
         "--agents",
         nargs="*",
@@ -79,11 +76,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     seeds = ", ".join(f"{' '.join(map(str, seeds))} in {name}" for name, seeds in SEEDS.items())
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help=f"one run each (default: {seeds})")
     parser.add_argument("--out", type=Path, help="folder for all that is written (default: runs/compare-PRESET)")
-    parser.add_argument(
-        "--x-axis", choices=list(report.AXES), default="images", help="of curves.png (default: %(default)s)"
+    parser.rare.add_argument(
+        "--x-axis", choices=list(AXES), default="images", help="of curves.png (default: %(default)s)"
     )
     add_run_options(parser, PRESETS)
     args = parser.parse_args(argv)
+    from agents import recipes  # not above: the agents take torch with them, and --help answers without
+
     if not args.agents:
         print(recipes.listing())
         sys.exit()
@@ -101,6 +100,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    from agents.experiments import report
+    from agents.experiments.runs import Comparison
+
     with clear_errors():
         comparison = Comparison(args)
         plan = [comparison.cell(agent, seed) for agent in args.agents for seed in args.seeds]

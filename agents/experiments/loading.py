@@ -26,7 +26,7 @@ def load_policy(args: argparse.Namespace) -> Policy:
         if args.tokenizer is not None:
             raise ValueError(f"{args.policy} holds its own tokenizer: leave out --tokenizer {args.tokenizer}")
         if not args.policy.is_file():
-            raise FileNotFoundError(f"no agent at {args.policy}: examples/train.py makes one")
+            raise FileNotFoundError(f"no agent at {args.policy}: `vartext train` makes one")
         policy: Policy = load(args.policy, device=device).best_policy
     else:
         policy = policies.load_policy(args.policy, load_tokenizer(args.tokenizer))

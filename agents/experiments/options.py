@@ -6,14 +6,14 @@ import argparse
 import ast
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import REWARDS
-from var_env.scenes import TARGET_REGIONS
 
 if TYPE_CHECKING:
     from agents.sampling import Decoding
@@ -40,12 +40,71 @@ def value_like(default: Any) -> Callable[[str], Any]:
     return literal
 
 
-def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a script's docstring, line breaks and examples kept."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+class Parser(argparse.ArgumentParser):
+    """Reads a command's options; ``--help`` shows what most people need, ``--help-all`` the rest, too.
+
+    ``--help`` prints the first two paragraphs of the text, what the command does and examples, and no rare options. It
+    is answered before anything slow is imported, so options that need an import to be known come by `add_later`.
+
+    Args:
+        doc: the text, line breaks kept.
+        prog: what the command is called, such as "vartext compare"; the script's name by default.
+    """
+
+    def __init__(self, doc: str | None, prog: str | None = None) -> None:
+        super().__init__(prog=prog, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.doc = (doc or "").strip()
+        self.rare_groups: list[Any] = []
+        self.later: list[Callable[[list[str]], None]] = []
+        self.add_argument("-h", "--help", action="help", help="show the options that most people need, and exit")
+        self.add_argument("--help-all", action="store_true", default=argparse.SUPPRESS, help="show all, and exit")
+
+    def rare_group(self, title: str, about: str | None = None) -> Any:
+        """A group of options that ``--help`` leaves out."""
+        self.rare_groups.append(self.add_argument_group(title, about))
+        return self.rare_groups[-1]
+
+    @cached_property
+    def rare(self) -> Any:
+        """The group of the options that are rare and belong to no other."""
+        return self.rare_group("more options")
+
+    def add_later(self, add: Callable[[list[str]], None]) -> None:
+        """Have ``add`` called with what was given, before that is read, and not for ``--help``."""
+        self.later.append(add)
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        given = sys.argv[1:] if args is None else list(args)
+        brief = "-h" in given or "--help" in given
+        if not brief:
+            for add in self.later:
+                add(given)
+        if brief or "--help-all" in given:
+            self.show(brief)
+            self.exit()
+        self.usage = f"{self.outline()}; --help tells them"  # of errors
+        return super().parse_args(given)
+
+    def outline(self) -> str:
+        """The first line of the help."""
+        words = [str(action.metavar or action.dest.upper()) for action in self._get_positional_actions()]
+        return " ".join(["%(prog)s [options]", *(f"[{word}]" for word in words)])
+
+    def show(self, brief: bool) -> None:
+        """Print the help."""
+        paragraphs = self.doc.split("\n\n")
+        self.usage = self.outline()
+        self.description = "\n\n".join(paragraphs[:2] if brief else paragraphs)
+        if brief:
+            hidden = {id(action) for group in self.rare_groups for action in group._group_actions}
+            for action in self._actions:
+                action.help = argparse.SUPPRESS if id(action) in hidden else action.help
+            for group in self.rare_groups:
+                group.description = None  # and no title without options
+        self.print_help()
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: Parser) -> None:
     """``--policy``, ``--tokenizer`` and ``--device``, for `load_policy`."""
     parser.add_argument(
         "--policy",
@@ -53,17 +112,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="the policy: a .safetensors file, or an agent's .zip (default: the shipped base policy)",
     )
-    parser.add_argument(
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser.rare.add_argument(
         "--tokenizer",
         type=Path,
         metavar="PATH",
         help="the tokenizer that the policy was trained on, a .safetensors file (default: the shipped one; "
         "a .zip brings its own)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
 
 
-def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+def add_decoding_options(parser: Parser) -> None:
     """How pictures are drawn, for `decoding_from`."""
     group = parser.add_argument_group("how pictures are drawn")
     group.add_argument("--temperature", type=float, help="0 takes the likeliest code (default: 1)")
@@ -78,9 +137,9 @@ def decoding_from(args: argparse.Namespace, start: Decoding) -> Decoding:
     return replace(start, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
 
 
-def add_regions_option(parser: argparse.ArgumentParser) -> None:
+def add_regions_option(parser: Parser) -> None:
     """``--regions``, the world's profile of the number of words a picture."""
-    parser.add_argument(
+    parser.rare.add_argument(
         "--regions",
         type=parse_regions,
         metavar="COUNT:SHARE,...",
@@ -89,9 +148,9 @@ def add_regions_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_prompts_option(parser: argparse.ArgumentParser) -> None:
+def add_prompts_option(parser: Parser) -> None:
     """``--prompts-from``, for `make_env`."""
-    parser.add_argument(
+    parser.rare.add_argument(
         "--prompts-from",
         metavar="PATH_OR_NAME",
         help="scenes from prompt files in place of the rendered words: CVTG-2K, or a list with the texts in double "
@@ -101,6 +160,8 @@ def add_prompts_option(parser: argparse.ArgumentParser) -> None:
 
 def parse_regions(text: str) -> dict[int, float]:
     """``"1:0.5,2:0.5"`` to ``{1: 0.5, 2: 0.5}``; ``"target"`` is the profile of the paper's appendix C."""
+    from var_env.scenes import TARGET_REGIONS  # not above: it takes torch with it
+
     if text == "target":
         return dict(TARGET_REGIONS)
     try:
@@ -110,7 +171,7 @@ def parse_regions(text: str) -> dict[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is neither target nor like 1:0.5,2:0.5") from None
 
 
-def add_reward_options(parser: argparse.ArgumentParser) -> None:
+def add_reward_options(parser: Parser) -> None:
     """``--reward`` and ``--reward-kwargs``, for `make_env`."""
     parser.add_argument(
         "--reward",
@@ -118,7 +179,7 @@ def add_reward_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"one of {', '.join(REWARDS)}, or the address of a reward service (default: %(default)s)",
     )
-    parser.add_argument(
+    parser.rare.add_argument(
         "--reward-kwargs",
         type=parse_json_object,
         default={},

@@ -10,6 +10,7 @@ from typing import Any
 
 from agents.experiments.agent_options import add_agent_options, agent_settings
 from agents.experiments.options import (
+    Parser,
     add_model_options,
     add_prompts_option,
     add_reward_options,
@@ -19,8 +20,8 @@ from agents.experiments.options import (
 from agents.experiments.tuned import COMMON
 
 
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, rare: bool = False) -> Any:
+    return field(default=default, metadata={"help": text, "rare": rare})
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ class Preset:
     prompts_per_update: int = option(8, "P, so that an update learns from P * G rows")
     kl_coef: float = option(0.02, "weight of the KL to the base policy; 0 is without")
     temperature: float = option(1.0, "of the sampler while training")
-    eval_temperature: float = option(1.0, "of the sampler in evaluations")
-    test_prompts: int = option(256, "held-out prompts of the table, from the test split")
-    val_prompts: int = option(64, "held-out prompts of the curves, from the val split")
-    eval_every: int = option(10, "updates between two evaluations while training")
+    eval_temperature: float = option(1.0, "of the sampler in evaluations", rare=True)
+    test_prompts: int = option(256, "held-out prompts of the table, from the test split", rare=True)
+    val_prompts: int = option(64, "held-out prompts of the curves, from the val split", rare=True)
+    eval_every: int = option(10, "updates between two evaluations while training", rare=True)
 
     def __post_init__(self) -> None:
         values = dataclasses.asdict(self)
@@ -47,23 +48,24 @@ class Preset:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
 
 
-def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Preset]) -> None:
+def add_run_options(parser: Parser, presets: Mapping[str, Preset]) -> None:
     """``--device`` and so on, the fields of `Preset`, ``--ray``, and the agents' settings, for `finish`."""
     add_model_options(parser)
     add_reward_options(parser)
     add_prompts_option(parser)
-    group = parser.add_argument_group("what all runs have in common")
+    common = parser.add_argument_group("what all runs have in common")
     for entry in dataclasses.fields(Preset):
         values = {name: getattr(preset, entry.name) for name, preset in presets.items()}
         same = len(set(values.values())) == 1
         default = next(iter(values.values())) if same else ", ".join(f"{v} in {name}" for name, v in values.items())
+        group = parser.rare if entry.metadata["rare"] else common
         group.add_argument(
             option_of(entry.name),
             type=type(entry.default),
             metavar=type(entry.default).__name__.upper(),
             help=f"{entry.metadata['help']} (default: {default})",
         )
-    group.add_argument(
+    parser.rare.add_argument(
         "--save-every",
         type=int,
         default=10,
@@ -71,7 +73,8 @@ def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Prese
         help="between two checkpoints, from which a run that was killed goes on (default: %(default)s)",
     )
     add_ray_options(parser)
-    add_agent_options(parser, without=[entry.name for entry in dataclasses.fields(Preset)])
+    taken = [entry.name for entry in dataclasses.fields(Preset)]
+    parser.add_later(lambda _: add_agent_options(parser, taken))
 
 
 def finish(args: argparse.Namespace, preset: Preset) -> None:
@@ -86,19 +89,22 @@ def finish(args: argparse.Namespace, preset: Preset) -> None:
     args.method = {name: value for name, value in agent_settings(args).items() if name not in given}
 
 
-def add_ray_options(parser: argparse.ArgumentParser) -> None:
+def add_ray_options(parser: Parser) -> None:
     """``--ray`` and its like, for `check_ray` and `ray_runs.RayRuns`."""
-    group = parser.add_argument_group("many runs at a time, with Ray")
-    group.add_argument(
+    parser.add_argument(
         "--ray",
         nargs="?",
         const="",
         metavar="ADDRESS",
-        help="train many runs at a time as tasks of Ray: without an address in the cluster that RAY_ADDRESS names, or "
-        "else on all CPUs and GPUs of this machine; auto is the cluster that this machine is part of, or give "
-        "HOST:6379 or ray://HOST:10001. On several machines, --out must be on a file system that they share, with code "
-        "and files at the same paths, and agents of your own must come by --plugin. The next word is taken for the "
-        "address, so write a bare --ray last (default: without Ray, one run after another)",
+        help="train many runs at a time as tasks of Ray, on this machine or in a cluster, see --help-all "
+        "(default: one run after another)",
+    )
+    group = parser.rare_group(
+        "many runs at a time, with Ray",
+        "--ray without an address uses the cluster that RAY_ADDRESS names, or else all CPUs and GPUs of this\n"
+        "machine; auto is the cluster that this machine is part of, or give HOST:6379 or ray://HOST:10001. On several\n"
+        "machines, --out must be on a file system that they share, with code and files at the same paths, and agents\n"
+        "of your own must come by --plugin. The next word is taken for the address, so write a bare --ray last.",
     )
     group.add_argument(
         "--ray-gpus",

@@ -24,19 +24,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import qmc
-
-from agents import recipes
-from agents.experiments import report
-from agents.experiments.agent_options import add_plugin_option, load_plugins
+from agents.experiments.agent_options import add_plugin_option
 from agents.experiments.cells import Cell, Result
 from agents.experiments.compare import AGENTS
-from agents.experiments.options import clear_errors, make_parser, require_at_least_one
+from agents.experiments.options import Parser, clear_errors, require_at_least_one
 from agents.experiments.output import table, write_json, write_text
 from agents.experiments.run_options import Preset, add_run_options, finish
-from agents.experiments.runs import Comparison
 from agents.experiments.tuned import WORLD
-from agents.vmr import VMR
 
 PRESET = Preset(test_prompts=192, val_prompts=8, eval_every=1000)  # no curves, and a verdict on validation prompts
 LEARNING_RATE = (3e-5, 4e-4)  # log-uniform
@@ -53,6 +47,11 @@ def trials(recipe: str, count: int, grids: int) -> list[dict[str, Any]]:
         count: of trials; the first ones are the same whatever the count.
         grids: of the schedule, for VMR's split, 1 < m < grids.
     """
+    from scipy.stats import qmc  # these take a second, and torch with them: --help answers without
+
+    from agents import recipes
+    from agents.vmr import VMR
+
     # A Sobol sequence begins at the corner of the cube, which is the edge of every range: the first point is skipped.
     points = qmc.Sobol(5, scramble=False).fast_forward(1).random(count)  # (count, 5) in [0, 1)
     splits = range(2, grids) if grids > 2 else range(1, grids)
@@ -76,19 +75,8 @@ def between(ends: tuple[float, float], share: float) -> float:
     return math.exp(low + share * (high - low))
 
 
-class Trials(Comparison):
-    """A comparison that is judged on validation prompts."""
-
-    judged_on = "val"
-
-    def trial(self, recipe: str, index: int, settings: dict[str, Any], seed: int) -> Cell:
-        """One run of an agent with the settings of a trial."""
-        return replace(self.cell(recipe, seed, **settings), label=f"{recipe}-{index}")
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    load_plugins(argv)
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__, "vartext tune")
     parser.add_argument("--agents", nargs="+", metavar="AGENT", default=AGENTS, help=f"(default: {' '.join(AGENTS)})")
     add_plugin_option(parser)
     parser.add_argument("--trials", type=int, default=8, help="runs of each agent (default: %(default)s)")
@@ -106,14 +94,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    from agents.experiments import report
+    from agents.experiments.runs import Comparison
+
     with clear_errors():
-        comparison = Trials(args)
+        comparison = Comparison(args, judged_on="val")
         grids = len(comparison.base.schedule)
-        plan = {
-            comparison.trial(recipe, i, settings, args.seed): (recipe, settings)
-            for recipe in args.agents
-            for i, settings in enumerate(trials(recipe, args.trials, grids))
-        }
+        plan: dict[Cell, tuple[str, dict[str, Any]]] = {}
+        for recipe in args.agents:
+            for i, settings in enumerate(trials(recipe, args.trials, grids)):
+                cell = replace(comparison.cell(recipe, args.seed, **settings), label=f"{recipe}-{i}")
+                plan[cell] = (recipe, settings)
 
     def write(base: Result, results: list[Result]) -> str:
         rewards = {result["agent"]: result["metrics"]["reward"][0] for result in results}

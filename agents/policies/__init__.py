@@ -35,4 +35,4 @@ def load_policy(path: str | Path | None = None, tokenizer: VisualTokenizer | Non
 
     if path is None:
         return VARTextPolicy.load(None, tokenizer)
-    return saved_class(path, Policy, POLICIES, "examples/pretrain.py policy").load(path, tokenizer)
+    return saved_class(path, Policy, POLICIES, "vartext pretrain policy").load(path, tokenizer)

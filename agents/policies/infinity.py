@@ -6,7 +6,7 @@ of each of a token's D bits how likely it is.
 
 Modules are named as in the public state dict. Get it with
 ``hf download FoundationVision/Infinity infinity_2b_reg.pth --local-dir .``, the tokenizer as in
-``var_env/infinity_vae.py``, and the text encoder, google/flan-t5-xl, through transformers.
+``var_env/tokenizers/infinity_vae.py``, and the text encoder, google/flan-t5-xl, through transformers.
 
 Limits: square pictures, on the schedules of `infinity_schedule`; models that share one AdaLN among their blocks and
 have unit-length attention, as all that the public scripts name; no spatial patchify, and so not the 8B model. The

@@ -210,7 +210,7 @@ class QwenPolicy(Policy):
     @classmethod
     def load(cls, path: str | Path | None = None, tokenizer: VisualTokenizer | None = None) -> QwenPolicy:
         """Read a file that `save` wrote, into fp32; no weights are shipped. Default: the shipped visual tokenizer."""
-        config, weights = load_config_and_weights(path or "(none given)", "examples/pretrain.py policy --policy qwen")
+        config, weights = load_config_and_weights(path or "(none given)", "vartext pretrain policy --policy qwen")
         model = new_model(QwenVARConfig(**config.pop("model")), config.pop("attention"))
         policy = cls(tokenizer or load_tokenizer(), model, **config)
         load_weights(policy, weights, path or "")

@@ -256,7 +256,7 @@ class VARTextPolicy(Policy):
     def load(cls, path: str | Path | None = None, tokenizer: VisualTokenizer | None = None) -> VARTextPolicy:
         """Read a file that `save` wrote; without a path, the shipped base policy. Default: the shipped tokenizer."""
         with resources.as_file(resources.files("agents.policies") / "assets" / "base.safetensors") as shipped:
-            config, weights = load_config_and_weights(path or shipped, "examples/pretrain.py policy")
+            config, weights = load_config_and_weights(path or shipped, "vartext pretrain policy")
         policy = cls(tokenizer or load_tokenizer(), **config)
         load_weights(policy, weights, path or "the shipped base policy")
         return policy

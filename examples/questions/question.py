@@ -18,9 +18,9 @@ from matplotlib import pyplot as plt
 from agents import recipes
 from agents.evaluation import bootstrap_interval
 from agents.experiments import report
-from agents.experiments.agent_options import add_plugin_option, load_plugins
+from agents.experiments.agent_options import add_plugin_option
 from agents.experiments.cells import Cell, Result
-from agents.experiments.options import INTERRUPTED, clear_errors, make_parser, option_of
+from agents.experiments.options import INTERRUPTED, Parser, clear_errors, option_of
 from agents.experiments.output import table, write_json, write_text
 from agents.experiments.run_options import Preset, add_run_options, finish
 from agents.experiments.runs import Comparison
@@ -66,7 +66,7 @@ def parse(
     name: str,
     argv: Sequence[str] | None,
     named: Sequence[str],
-    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    add_options: Callable[[Parser], None] = lambda parser: None,
 ) -> argparse.Namespace:
     """The options of a question.
 
@@ -76,8 +76,7 @@ def parse(
         named: the recipes of all its arms; a setting that none of them has is an error.
         add_options: gives the parser the script's own options.
     """
-    load_plugins(argv)
-    parser = make_parser(f"{(doc or '').rstrip()}\n{GOING_ON}")
+    parser = Parser(f"{(doc or '').rstrip()}\n{GOING_ON}")
     parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="(default: %(default)s)")
     seeds = ", ".join(f"{' '.join(map(str, seeds))} in {preset}" for preset, seeds in SEEDS.items())
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help=f"one run each (default: {seeds})")

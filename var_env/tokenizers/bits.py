@@ -3,7 +3,7 @@
 A vector of D channels is rounded to the nearest corner of the cube on the unit sphere: bit b_d is the sign of channel
 d, and the code vector is ``(2 b - 1) / sqrt(D)``. There is no codebook to learn or to search, and a token has 2^D
 values without a table of them; a policy predicts its D bits side by side. Over scales of residuals this is the
-tokenizer of Infinity (Han et al., 2024, arXiv 2412.04431), here with the small networks of ``var_env/tokenizer.py``.
+tokenizer of Infinity (Han et al., 2024, arXiv 2412.04431), here with the small networks of ``residual.py``.
 """
 
 from __future__ import annotations

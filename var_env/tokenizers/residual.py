@@ -1,6 +1,6 @@
 """The visual tokenizer: VAR's multi-scale residual vector quantiser (Tian et al., 2024, arXiv 2404.02905).
 
-An image becomes T token grids, coarse to fine, that share one codebook (or, in ``var_env/bits.py``, have none).
+An image becomes T token grids, coarse to fine, that share one codebook (or, in ``bits.py``, have none).
 Encoding walks the scales::
 
     residual = features                                        # (B, C, H, W)
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 DEFAULT_SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8)], patch=8)  # 130 tokens
-MAKER = "examples/pretrain.py tokenizer"
+MAKER = "vartext pretrain tokenizer"
 
 
 class MultiScaleTokenizer(VisualTokenizer):
