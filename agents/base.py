@@ -300,7 +300,7 @@ class Agent(BaseAlgorithm):
 
     def _warn_when_nothing_moved(self) -> None:
         if self._steps and not self._steps_that_moved and self.processes.is_first:
-            name = (self.wrappers or [self])[-1].name
+            name = self.wrappers[-1].name if self.wrappers else self.name
             warnings.warn(
                 f"{name} with seed {self.seed} learned nothing: all {self._steps} optimiser steps had a gradient "
                 "or a learning rate of zero. Look at rollout/zero_variance_groups, the share of prompts whose images "
