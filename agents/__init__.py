@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from agents.panw import PANW
     from agents.ppo import PPO
     from agents.raft import RAFT
-    from agents.registry import make, register
+    from agents.recipes import make
     from agents.reinforce import REINFORCE
     from agents.resume import Checkpoints
     from agents.rloo import RLOO
@@ -58,8 +58,8 @@ _HOMES = {  # imported when first asked for: torch and Stable-Baselines3 take se
     "TreeGRPO": "tree",
     "Wrapper": "wrapper",
     "load": "checkpoint",
-    "make": "registry",
-    "register": "registry",
+    "make": "recipes",
+    "register": "common.registry",
 }
 __all__ = [
     "GRPO",

@@ -26,19 +26,21 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from torch import Tensor
 
-from agents import checkpoint, logs, processes
+from agents import checkpoint, logs
 from agents.callbacks import SampleProgressBar
+from agents.common import processes
+from agents.common.checks import require_at_least, require_groups
 from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
 from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs
 from agents.sampling import Decoding, SharedNoise
 from agents.step_locals import step_locals
-from rewards.pool import RewardPool
+from rewards.serving.pool import RewardPool
 from var_env.sb3 import VARTextVecEnv
 from var_env.seeding import as_seed
+from var_env.tokenizers.base import VisualTokenizer
 from var_env.vector import VARTextVectorEnv
-from var_env.visual_tokenizer import VisualTokenizer
 
 if TYPE_CHECKING:
     from agents.wrapper import Wrapper
@@ -550,27 +552,3 @@ def same_tokenizer(one: VisualTokenizer, other: VisualTokenizer) -> bool:
     alike = [(t.schedule, t.vocab_size, t.depth, *t.state_dict()) for t in (one, other)]
     weights = other.state_dict()
     return alike[0] == alike[1] and all(torch.equal(w, weights[k].to(w.device)) for k, w in one.state_dict().items())
-
-
-def require_groups(part: type, group_size: int) -> None:
-    """``ValueError`` for groups that are too small for an agent or a wrapper, by its ``min_group_size``."""
-    least = getattr(part, "min_group_size", 1)
-    if group_size < least:
-        raise ValueError(
-            f"{part.__name__} compares the images of a prompt with each other and needs a group_size of at least "
-            f"{least}, got {group_size}: alone, an image teaches nothing. Give more, or an agent without groups, ppo"
-        )
-
-
-def require_choice(choices: Iterable[str], **options: str) -> None:
-    """``ValueError`` naming the first option that is none of the choices."""
-    for name, value in options.items():
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
-
-
-def require_at_least(least: int, **options: int) -> None:
-    """``ValueError`` naming the first option that is no whole number of at least ``least``."""
-    for name, value in options.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from tqdm import tqdm
 
-from agents.files import replacing
+from agents.common.files import replacing
 from agents.resume import Checkpoints, updates_of
 from agents.sampling import Decoding
 from var_env.scenes import Scene

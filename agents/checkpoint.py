@@ -20,8 +20,8 @@ import torch
 from stable_baselines3.common.save_util import load_from_zip_file, open_path, save_to_zip_file
 from torch import Tensor
 
-from agents.files import replacing
-from agents.processes import whole_state
+from agents.common.files import replacing
+from agents.common.processes import whole_state
 
 if TYPE_CHECKING:
     from agents.base import Agent

@@ -33,12 +33,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from agents import processes, stored
+from agents import stored
 from agents.checkpoint import Saved, rebuild
-from agents.files import replacing
+from agents.common import processes
+from agents.common.files import replacing
 from agents.policies import load_policy
-from agents.registry import known
-from var_env.tokenizer import load_tokenizer
+from agents.recipes import known
+from var_env.tokenizers import load_tokenizer
 from var_env.weights import write_tensors
 
 if TYPE_CHECKING:

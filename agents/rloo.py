@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from agents import losses
-from agents.registry import register
+from agents.common.registry import register
 from agents.reinforce import REINFORCE
 from agents.rollout import Rollout
 

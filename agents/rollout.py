@@ -19,13 +19,13 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from agents.common.processes import Processes
 from agents.inner_env import inner_env
 from agents.losses import zero_variance
 from agents.policies.base import Policy
-from agents.processes import Processes
 from agents.sampling import Decoding, SharedNoise, draw
 from rewards.base import HasWords, Reward, RewardOutput
-from rewards.pool import RewardPool, join
+from rewards.serving.pool import RewardPool, join
 from var_env import mdp
 from var_env.env import VARTextEnv
 from var_env.scenes import Scene

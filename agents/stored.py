@@ -21,10 +21,10 @@ import torch
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from torch import Tensor
 
-from agents.processes import whole
-from agents.registry import Registry
+from agents.common.processes import whole
+from agents.common.registry import Registry
+from agents.common.schedules import WarmupCosine, WarmupLinear
 from agents.sampling import Decoding
-from agents.schedules import WarmupCosine, WarmupLinear
 from agents.split_rule import SplitRule
 
 ClassT = TypeVar("ClassT", bound=type)

@@ -44,9 +44,9 @@ import torch
 from torch import Tensor
 
 from agents import losses
-from agents.base import require_choice
+from agents.common.checks import require_choice
+from agents.common.registry import register
 from agents.grpo import GRPO
-from agents.registry import register
 from agents.rollout import Rollout
 from agents.vmr import middle_return
 

@@ -31,7 +31,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from agents import checkpoint
-from agents.base import require_groups
+from agents.common.checks import require_groups
 from agents.grpo import GRPO, TokenWeights
 from agents.rollout import Rollout
 

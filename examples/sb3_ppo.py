@@ -34,19 +34,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import clear_errors, make_parser, require_at_least_one, table
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecMonitor
 
+from agents.experiments.options import clear_errors, make_parser, require_at_least_one
+from agents.experiments.output import table
 from agents.policies import load_policy
 from agents.sb3_policy import VARActorCriticPolicy
 from rewards.base import HasWords, Reward, RewardOutput
 from var_env import VARTextVectorEnv
 from var_env.sb3 import VARTextVecEnv
 from var_env.scenes import Scene, World, scene_from_prompt
-from var_env.tokenizer import load_tokenizer
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers import load_tokenizer
+from var_env.tokenizers.base import VisualTokenizer
 
 DEFAULTS = {
     "transformer": {"reward": "ocr", "images": 960, "epochs": 2, "learning_rate": 1e-5},

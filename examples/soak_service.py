@@ -32,10 +32,11 @@ from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
-from common import clear_errors, make_parser, table, write_json, write_text
 
 import rewards
-from rewards.client import RewardClient, ServiceError
+from agents.experiments.options import clear_errors, make_parser
+from agents.experiments.output import table, write_json, write_text
+from rewards.serving.client import RewardClient, ServiceError
 from var_env.scenes import World, render
 
 MAX_BATCH = 16  # pictures in a request

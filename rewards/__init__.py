@@ -26,8 +26,8 @@ REWARDS = {  # name: module and class, imported when asked for
     "grounding_dino": "rewards.grounding_dino:GroundingDINOReward",
     "geneval": "rewards.geneval:GenEval",
     "combine": "rewards.combine:combine",
-    "pool": "rewards.pool:RewardPool",
-    "service": "rewards.client:RewardClient",
+    "pool": "rewards.serving.pool:RewardPool",
+    "service": "rewards.serving.client:RewardClient",
 }
 
 

@@ -2,7 +2,6 @@
 
 import json
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +13,10 @@ from agents.evaluation import bootstrap_interval
 from rewards import CLIPScore
 from var_env.scenes import scene_from_prompt
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    return import_module("evaluate")
+def script():
+    return import_module("agents.experiments.evaluate")
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ import pytest
 import torch
 from tiny import tiny_envs, tiny_policy
 
+from agents.common.pictures import caption, sample_sheet
 from agents.evaluation import bootstrap_interval, evaluate, held_out_scenes
-from agents.pictures import caption, sample_sheet
 from agents.policies.var_text import VARTextPolicy
 from agents.rollout import collect
 from agents.sampling import Decoding

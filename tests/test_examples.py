@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_agent, tiny_policy, weights_of
 
-from agents import GRPO, Checkpoints, Interrupt, load, registry
+from agents import GRPO, Checkpoints, Interrupt, load, recipes
 from rewards import OCRReward, RewardOutput
 from var_env import ScaleSchedule, Tokenizer
 
@@ -54,10 +54,9 @@ def run(script, *options, status=0):
 
 
 @pytest.fixture
-def module(monkeypatch):
-    """Imports a script."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return import_module
+def module():
+    """Imports what a command is made of."""
+    return lambda name: import_module(f"agents.experiments.{name}")
 
 
 def refused(main, *options):
@@ -94,7 +93,7 @@ def test_a_foreign_package_agents_is_named(tmp_path):
 
 class TestAgentOptions:
     def test_every_option_has_a_help_text(self, module):
-        for options in module("common").agent_options():
+        for options in module("agent_options").agent_options():
             missing = [name for name, (_, text) in options.items() if not text.partition(": ")[2] and len(text) < 5]
             assert missing == []
 
@@ -119,11 +118,11 @@ class TestAgentOptions:
         ],
     )
     def test_values(self, module, default, text, value):
-        read = module("common").value_like(default)(text)
+        read = module("options").value_like(default)(text)
         assert read == value and type(read) is type(value)
 
     def test_settings_of_a_run(self, module):
-        settings_of = module("common").settings_of
+        settings_of = module("agent_options").settings_of
         assert settings_of("grpo", {}) == settings_of("grpo", {"alpha": 0.8}) == {}
         assert settings_of("grpo+panw", {"alpha": 0.9, "epochs": 2}) == {"alpha": 0.9, "epochs": 2}
         assert settings_of("vmr", {"eta": 0.5})["eta"] == 0.5 and settings_of("vmr", {})["split"] == "half"
@@ -150,7 +149,7 @@ class TestCompare:
             module("compare").main(["--agents"])
         text = capsys.readouterr().out
         assert not end.value.code
-        for name in (*registry.known(), *registry.VARIANTS, *registry.BUNDLES):
+        for name in (*recipes.known(), *recipes.VARIANTS, *recipes.BUNDLES):
             assert f"\n  {name} " in text
 
     def test_results(self, compared):
@@ -574,14 +573,14 @@ class TestCustomAgent:
         assert len((EXAMPLES / "custom_agent.py").read_text().splitlines()) < 80
 
     def test_softmax_weights(self, module, parts):
-        agent = tiny_agent(parts, module("custom_agent").SoftBest, beta=0.01)
+        agent = tiny_agent(parts, import_module("examples.custom_agent").SoftBest, beta=0.01)
         before = weights_of(agent.policy)
         agent.iterate()
         assert agent.n_updates == 1 and agent.images_decoded == 8 and agent.seconds > 0
         assert any(not torch.equal(before[name], weight) for name, weight in weights_of(agent.policy).items())
 
     def test_grids_join_one_by_one(self, module, parts):
-        agent = module("custom_wrapper").CoarseFirst(tiny_agent(parts), updates_per_scale=2)
+        agent = import_module("examples.custom_wrapper").CoarseFirst(tiny_agent(parts), updates_per_scale=2)
         rollout, whole = agent.sample(), range(3)
         for updates, tokens in ((0, 1), (1, 1), (2, 5), (3, 5), (4, 21)):
             agent.unwrapped._n_updates = updates

@@ -10,7 +10,7 @@ from toy_reward import Broken, Fatal, Toy, assert_same, batch, until
 
 import rewards
 from rewards.base import Reward, RewardOutput
-from rewards.pool import RewardPool
+from rewards.serving.pool import RewardPool
 
 
 @pytest.fixture(scope="module")

@@ -47,8 +47,7 @@ def test_it_learns(out, tmp_path):
 
 
 def test_interrupted_and_resumed_is_uninterrupted(out, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    import pretrain as script
+    from agents.experiments import pretrain as script
 
     (tmp_path / "tokenizer.safetensors").write_bytes((out / "tokenizer.safetensors").read_bytes())
     save = script.Run.save
@@ -58,10 +57,9 @@ def test_interrupted_and_resumed_is_uninterrupted(out, tmp_path, monkeypatch):
         if step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "policy", "--out", str(tmp_path), *SMALL])
     monkeypatch.setattr(script.Run, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
-        script.train_policy(script.parse())
+        script.main(["policy", "--out", str(tmp_path), *SMALL])
     assert not (tmp_path / "policy.safetensors").exists()
     assert torch.load(tmp_path / "policy.checkpoint.pt", weights_only=True)["step"] == 2
 

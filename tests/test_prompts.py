@@ -3,7 +3,6 @@
 import json
 import shutil
 from importlib import import_module
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -21,7 +20,6 @@ from var_env import VARTextEnv, VARTextVectorEnv, World
 from var_env.prompts import FILE_PROMPT_BYTES, PromptScene, PromptWorld
 from var_env.scenes import MAX_PROMPT_BYTES, TARGET_REGIONS, scene_from_prompt, split_of
 
-ROOT = Path(__file__).parent.parent
 SIZES = {2: 4, 3: 6, 4: 6, 5: 4}  # prompts of each number of regions and folder; the paper's profile
 
 
@@ -291,9 +289,8 @@ class TestEnvironment:
 
 class TestScripts:
     @pytest.fixture
-    def script(self, monkeypatch):
-        monkeypatch.syspath_prepend(ROOT / "examples")
-        return import_module("evaluate")
+    def script(self):
+        return import_module("agents.experiments.evaluate")
 
     @pytest.fixture
     def options(self, tokenizer, tmp_path):
@@ -356,16 +353,14 @@ class TestScripts:
             script.main([*options, "--prompts-from", str(tmp_path / "test.txt")])
 
     def test_train_on_a_list(self, options, lists, tmp_path, monkeypatch):
-        monkeypatch.syspath_prepend(ROOT / "examples")
-        train = import_module("train")
+        train = import_module("agents.experiments.train")
         small = ["--images", "8", "--group-size", "2", "--prompts-per-update", "2", "--eval-prompts", "2"]
         out = ["--out", str(tmp_path / "run"), "--prompts-from", str(lists)]
         assert train.main([*options, *small, *out]) == 0
         assert (tmp_path / "run" / "policy.safetensors").is_file()
 
     def test_compare_takes_the_option(self, lists, options, tmp_path, monkeypatch):
-        monkeypatch.syspath_prepend(ROOT / "examples")
-        compare, runs = import_module("compare"), import_module("runs")
+        compare, runs = import_module("agents.experiments.compare"), import_module("agents.experiments.runs")
         comparison = runs.Comparison(compare.parse([*options, "--prompts-from", str(lists)]))
         assert len(comparison.test) == 5 and set(comparison.val) == set(PromptWorld(lists, split="val").scenes)
         assert comparison.config["prompts_from"] == str(lists)

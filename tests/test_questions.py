@@ -17,7 +17,7 @@ from agents.mask_propagation import COMBINATIONS
 from agents.panw import panw_weights
 from rewards.base import Reward, RewardOutput
 from var_env import ScaleSchedule, Tokenizer
-from var_env.raster import RasterTokenizer
+from var_env.tokenizers.raster import RasterTokenizer
 
 __all__ = ["weights"]  # a fixture
 MEASURE = ["--pictures", "16", "--batches", "2"]

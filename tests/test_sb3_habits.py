@@ -21,7 +21,7 @@ from tiny import STEPS_A_ROLLOUT, csv_logger, tiny_agent, weights_of
 from toy_reward import Toy
 
 from agents import PANW, VMR, TreeGRPO, load
-from rewards.pool import RewardPool
+from rewards.serving.pool import RewardPool
 from var_env.sb3 import FlattenCanvas, VARTextVecEnv
 
 

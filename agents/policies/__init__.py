@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from agents.policies.base import Policy
-    from var_env.visual_tokenizer import VisualTokenizer
+    from var_env.tokenizers.base import VisualTokenizer
 
 POLICIES = {  # class name to module; the first is what a file without a name holds
     "VARTextPolicy": "agents.policies.var_text",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from var_env.schedule import ScaleSchedule
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers.base import VisualTokenizer
 
 
 class Policy(nn.Module, ABC):

@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
 from var_env.scenes import MAX_PROMPT_BYTES, encode_prompt
-from var_env.tokenizer import load_tokenizer
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers import load_tokenizer
+from var_env.tokenizers.base import VisualTokenizer
 from var_env.weights import load_config_and_weights, load_weights, save_module
 
 START = 1  # the byte value of the start-of-text token; 0 pads

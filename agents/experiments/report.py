@@ -15,11 +15,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from common import replacing, table, write_json, write_text
 from PIL import Image, ImageDraw, ImageFont
 
+from agents.common.files import replacing
+from agents.common.pictures import caption, sample_sheet
 from agents.evaluation import Evaluation, bootstrap_interval
-from agents.pictures import caption, sample_sheet
+from agents.experiments.output import table, write_json, write_text
 from var_env import ScaleSchedule
 from var_env.scenes import quoted_words
 
