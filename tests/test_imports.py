@@ -19,6 +19,7 @@ FLOORS = {  # a module may import its own floor and those above it in this table
     "policies": ("agents.policies.",),
     "common": ("agents.common.",),
     "rollout": (
+        "agents.inner_env",
         "agents.losses",
         "agents.sampling",
         "agents.rollout",
@@ -27,8 +28,9 @@ FLOORS = {  # a module may import its own floor and those above it in this table
         "agents.split_rule",
         "agents.saving.",
         "agents.stored",
+        "agents.timing",
     ),
-    "base": ("agents.base", "agents.progress", "agents.checkpoint", "agents.resume"),
+    "base": ("agents.base", "agents.progress", "agents.restorable", "agents.step_locals", "agents.trainable"),
     "algorithms and wrappers": ("agents.",),
     "by name, to disk, watched": (
         "agents.recipes",
@@ -42,15 +44,10 @@ FLOORS = {  # a module may import its own floor and those above it in this table
     "experiments": ("agents.experiments.",),
     "cli": ("agents.cli", "examples."),
 }
-OLD_NAMES = ("agents.policies.contract",)  # kept for foreign code: not imported here, and imports what it likes
+OLD_NAMES = ("agents.policies.contract", "agents.checkpoint", "agents.resume")  # kept for foreign code: not imported here, and imports what it likes
 TIES = {  # still to be turned round: one that is gone must be taken off here, and none may join
-    ("agents.base", "agents.wrapper"),
-    ("agents.checkpoint", "agents.base"),
     ("agents.grpo", "agents.wrapper"),
     ("agents.logs", "agents.grpo"),
-    ("agents.resume", "agents.base"),
-    ("agents.resume", "agents.recipes"),
-    ("agents.resume", "agents.wrapper"),
 }
 
 
