@@ -360,7 +360,7 @@ class GRPO(Agent):
         loss = (weights.policy * policy_loss).sum() + (kl_weight * kl).sum()
         if self.entropy_coef:  # a weight of zero would still cost its backward pass
             loss = loss - (entropy_weight * new.entropy).sum()
-        behaviour = torch.cat([rollout.behaviour_logp[t][rows] for t in steps], 1).sum(-1)  # (b, n)
+        behaviour = torch.cat([rollout.draws[t].logp[rows] for t in steps], 1).sum(-1)  # (b, n)
         seen = (policy_loss, kl, new.entropy, weights.policy, kl_weight, entropy_weight, ratio, behaviour - old)
         return loss, logs.Tokens(*(part.detach() for part in seen))
 
@@ -394,7 +394,7 @@ class GRPO(Agent):
                 policy.logit_chunk = self.logit_chunk  # here, where every reference passes, a file's too
             logp, entropy = policy.evaluate(cond, grids, steps)  # (b, n, D)
             return Predicted(logp.sum(-1), entropy.sum(-1))
-        parts = [rollout.support[t] for t in steps] if self.support == "sampler" else [None]
+        parts = [rollout.draws[t].support for t in steps] if self.support == "sampler" else [None]
         support = None if parts[0] is None else torch.cat([part[rows] for part in parts if part is not None], 1)
         chosen = torch.cat([grids[t] for t in steps], 1)  # (b, n, D)
         return losses.log_probs(policy(cond, grids, steps), chosen, support)

@@ -21,7 +21,7 @@ from torch import Tensor
 from agents.losses import zero_variance
 from agents.policies.base import Policy
 from agents.processes import Processes
-from agents.sampling import Decoding, SharedNoise, draw
+from agents.sampling import Decoding, Draw, SharedNoise, draw
 from rewards.base import HasWords, Reward, RewardOutput
 from rewards.pool import RewardPool, join
 from var_env import mdp
@@ -77,15 +77,12 @@ class Rollout:
     A row was decoded and scored as ``K`` pictures, picture ``b * K + k`` being suffix k of row b. K is 1, and a row
     is a picture, but for the prefixes of VMR, whose grids end before the picture does: see `merge`.
 
-    An update asks for ``cond``, ``grids``, ``behaviour_logp`` and ``support``; the rest is for rewards, masks and eyes.
+    An update asks for ``cond`` and ``draws``; the rest is for rewards, masks and eyes.
     """
 
     cond: Any  # the policy's condition, B rows
     scenes: list[Scene]  # B
-    grids: list[Tensor]  # of (B, n_t, D) int64, all T of them or a prefix
-    behaviour_logp: list[Tensor]  # of (B, n_t, D), under the sampler
-    tail_mass: list[Tensor]  # of (B, n_t, D), the model's probability of codes that the sampler could not draw
-    support: list[Tensor | None]  # of bool (B, n_t, D, V), when it was kept and the sampler truncated
+    draws: list[Draw]  # one a grid, all T of them or a prefix; with their support when it was kept
     scores: Tensor  # (P, G) float32, what a row is worth: the reward, until an agent adds to it
     returns: Tensor  # (P, G, K) float32, the rewards of its pictures
     parts: dict[str, np.ndarray]  # each (B * K,), NaN where a part is not applicable
@@ -97,6 +94,11 @@ class Rollout:
     features: Tensor | None = None  # (B, T, W) float32, what PPO's critic saw of the state before each grid
     forks: Forks = ()  # where the pictures of a prompt parted, see `collect`
     ahead: tuple[Ahead, ...] = ()  # of these rows and grids, for the update: see `known`
+
+    @property
+    def grids(self) -> list[Tensor]:
+        """The tokens of each grid, ``(B, n_t, D)`` int64."""
+        return [draw.tokens for draw in self.draws]
 
     @property
     def suffixes(self) -> int:
@@ -132,10 +134,7 @@ class Rollout:
             self,
             cond=policy.take(self.cond, torch.arange(0, len(self.scenes), suffixes, device=policy.device)),
             scenes=self.scenes[::suffixes],
-            grids=[grid[::suffixes] for grid in self.grids[:grids]],
-            behaviour_logp=[logp[::suffixes] for logp in self.behaviour_logp[:grids]],
-            tail_mass=[mass[::suffixes] for mass in self.tail_mass[:grids]],
-            support=[None if kept is None else kept[::suffixes] for kept in self.support[:grids]],
+            draws=[draw.take(slice(None, None, suffixes)) for draw in self.draws[:grids]],
             scores=value(returns),
             returns=returns,
             ahead=tuple(found._replace(values=found.values[::suffixes]) for found in self.ahead),
@@ -149,15 +148,12 @@ class Rollout:
         """Some rows with their pictures: int64 ``(P', G')``, which rows of this rollout are those of the new one."""
         chosen, k = index.flatten(), self.suffixes
         pictures = (chosen[:, None] * k + torch.arange(k)).flatten().tolist()  # B' * K
-        on_device = chosen.to(self.grids[0].device)
+        on_device = chosen.to(self.draws[0].tokens.device)
         return replace(
             self,
             cond=policy.take(self.cond, on_device),
             scenes=[self.scenes[row] for row in chosen.tolist()],
-            grids=[grid[on_device] for grid in self.grids],
-            behaviour_logp=[logp[on_device] for logp in self.behaviour_logp],
-            tail_mass=[mass[on_device] for mass in self.tail_mass],
-            support=[None if kept is None else kept[on_device] for kept in self.support],
+            draws=[draw.take(on_device) for draw in self.draws],
             scores=self.scores.flatten()[index],
             returns=self.returns.flatten(0, 1)[index],
             parts={name: values[pictures] for name, values in self.parts.items()},
@@ -174,21 +170,11 @@ class Rollout:
         """The prompts of several rollouts of the same G and K in one; ``policy`` encodes the prompts together."""
         scenes = [scene for rollout in rollouts for scene in rollout.scenes]
         first = rollouts[0]
-
-        def joined(name: str) -> list[Any]:
-            return [
-                None if parts[0] is None else torch.cat(parts)
-                for parts in zip(*(getattr(rollout, name) for rollout in rollouts), strict=True)
-            ]
-
         return replace(
             first,
             cond=policy.encode_prompts([scene.prompt for scene in scenes]) if scenes else first.cond,
             scenes=scenes,
-            grids=joined("grids"),
-            behaviour_logp=joined("behaviour_logp"),
-            tail_mass=joined("tail_mass"),
-            support=joined("support"),
+            draws=[Draw.join(parts) for parts in zip(*(rollout.draws for rollout in rollouts), strict=True)],
             scores=torch.cat([rollout.scores for rollout in rollouts]),
             returns=torch.cat([rollout.returns for rollout in rollouts]),
             parts={name: np.concatenate([rollout.parts[name] for rollout in rollouts]) for name in first.parts},
@@ -227,7 +213,7 @@ class Rollout:
         groups = scores.double().std(1, correction=0)
         parts = {name: processes.gather(torch.as_tensor(self.parts[name])).numpy() for name in sorted(self.parts)}
         applicable = {name: parts[name][~np.isnan(parts[name])] for name in self.parts}
-        tail = torch.cat(self.tail_mass, 1)  # (B, L, D)
+        tail = torch.cat([draw.tail_mass for draw in self.draws], 1)  # (B, L, D)
         return {
             "reward": returns.mean().item(),
             "reward_std": returns.std(correction=0).item(),
@@ -242,22 +228,14 @@ class Rollout:
 class Trail:
     """What `unroll` drew, one entry a step: ``B`` rows, grid t of ``n_t`` tokens with ``D`` codes each."""
 
-    grids: list[Tensor] = field(default_factory=list)  # (B, n_t, D) int64
-    logp: list[Tensor] = field(default_factory=list)  # (B, n_t, D) under the sampler
-    tail_mass: list[Tensor] = field(default_factory=list)  # (B, n_t, D)
-    support: list[Tensor | None] = field(default_factory=list)  # (B, n_t, D, V)
+    draws: list[Draw] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)  # of the last environment step
     seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "decode": 0.0, "reward": 0.0})
 
-    def take(self, index: Tensor) -> Trail:
-        """Rows of what was drawn; ``index`` may repeat and drop."""
-        return replace(
-            self,
-            grids=[grid[index] for grid in self.grids],
-            logp=[logp[index] for logp in self.logp],
-            tail_mass=[mass[index] for mass in self.tail_mass],
-            support=[None if kept is None else kept[index] for kept in self.support],
-        )
+    @property
+    def grids(self) -> list[Tensor]:
+        """The tokens of each grid, ``(B, n_t, D)`` int64."""
+        return [draw.tokens for draw in self.draws]
 
 
 class TimedReward(Reward):
@@ -340,10 +318,7 @@ def unroll(
         logits, null_logits = caches.step(t, features, previous)
         drawn = draw(logits, null_logits, decoding, generator)
         previous = drawn.tokens
-        trail.grids.append(drawn.tokens)
-        trail.logp.append(drawn.logp)
-        trail.tail_mass.append(drawn.tail_mass)
-        trail.support.append(drawn.support if keep_support else None)
+        trail.draws.append(drawn if keep_support else drawn._replace(support=None))
         sampled = time.perf_counter()
         trail.seconds["sampling"] += sampled - start
         envs.reward = timer
@@ -387,28 +362,26 @@ def collect(
     envs.reset(seed=seed, options=None if scenes is None else {"scenes": list(scenes)})
     cond = policy.encode_prompts([scene.prompt for scene in envs.scenes])  # P rows
     caches, rows = Caches(policy, cond, decoding.guided), envs
-    trails: list[Trail] = []
+    draws: list[Draw] = []
     seconds = {"sampling": time.perf_counter() - start}
     forks = [(0, group_size), *pairs]
     for (begin, k), (end, _) in zip(forks, [*forks[1:], (length, 1)], strict=True):
         start = time.perf_counter()
         index = torch.arange(rows.num_envs, device=policy.device).repeat_interleave(k)
         caches, rows = caches.fork(index), rows.fork(k)
-        trails = [trail.take(index) for trail in trails]
+        draws = [drawn.take(index) for drawn in draws]
         seconds["sampling"] += time.perf_counter() - start
-        trails.append(unroll(policy, rows, caches, range(begin, end), decoding, generator, keep_support, on_step))
-        for phase, elapsed in trails[-1].seconds.items():
+        trail = unroll(policy, rows, caches, range(begin, end), decoding, generator, keep_support, on_step)
+        draws += trail.draws
+        for phase, elapsed in trail.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + elapsed
-    info = trails[-1].info
+    info = trail.info
     per_prompt = rows.num_envs // envs.num_envs
     scores = torch.as_tensor(info["score"], dtype=torch.float32).view(-1, per_prompt)  # (P, G)
     return Rollout(
         cond=policy.take(cond, torch.arange(envs.num_envs, device=policy.device).repeat_interleave(per_prompt)),
         scenes=list(rows.scenes),
-        grids=[grid for trail in trails for grid in trail.grids],
-        behaviour_logp=[logp for trail in trails for logp in trail.logp],
-        tail_mass=[mass for trail in trails for mass in trail.tail_mass],
-        support=[kept for trail in trails for kept in trail.support],
+        draws=draws,
         scores=scores,
         returns=scores.unsqueeze(2),
         parts=info["parts"],

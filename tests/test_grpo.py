@@ -181,7 +181,7 @@ class TestSamplersSupport:
 
         agent.policy.forward = spy
         gradients(agent, rollout, group_advantages(rollout.scores).flatten())
-        support = torch.cat(rollout.support, 1)
+        support = torch.cat([draw.support for draw in rollout.draws], 1)
         assert (seen[0].grad[~support] == 0).all() and seen[0].grad[support].abs().max() > 0
 
     def test_without_truncation_it_is_the_model(self, parts):
