@@ -23,6 +23,7 @@ of the shipped policy make up most of it) and draw every cosine towards 0.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -94,8 +95,9 @@ def scale_gradients(
         first, last = (schedule.slices[t] for t in (here[0], here[-1]))
         tokens = slice(*(end - schedule.slices[steps.start].start for end in (first.start, last.stop)))
         share = TokenWeights(*(part[:, tokens] for part in weights))
+        bare = replace(rollout, old_logp=None, ref_logp=None)  # which are of all steps
         for micro in rows.split(core.micro_batch or batch):
-            loss, _ = core.loss(rollout, micro, advantages[micro, tokens], share.rows(micro), None, here)
+            loss, _ = core.loss(bare, micro, advantages[micro, tokens], share.rows(micro), None, here)
             parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
             gradients[i] += torch.cat([part.flatten() for part in parts])
     return gradients

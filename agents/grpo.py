@@ -20,7 +20,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ from agents.base import Agent, StopLearning, frozen_copy, require_at_least, requ
 from agents.losses import Predicted
 from agents.policies.base import Policy
 from agents.registry import register
-from agents.rollout import Rollout
+from agents.rollout import Rollout, weights_version
 
 if TYPE_CHECKING:
     from agents.wrapper import Wrapper
@@ -209,20 +208,19 @@ class GRPO(Agent):
         return useful.groups(self.policy, torch.arange(len(useful.scores)) < wanted)
 
     def while_scored(self, rollout: Rollout) -> Rollout:
-        return self.look_ahead(rollout, range(len(self.policy.schedule)))
+        return self.fill(rollout, range(len(self.policy.schedule)))
 
-    @torch.no_grad()
-    def look_ahead(self, rollout: Rollout, steps: range) -> Rollout:
-        """The rollout with the log-probabilities without gradient that an update of ``steps`` asks for, see `logp`."""
-        kl = bool(self.kl_coef) and self.kl != "full"
-        asked = [self.reference] if kl and self.reference is not None else []
-        if not self.one_step or (kl and self.kl_in == "reward"):
-            asked.append(self.policy)
-        for policy in asked:
-            if rollout.known("logp", policy, steps) is None:
-                logp = self.in_micro_batches(partial(self.logp, policy, rollout, steps=steps), rollout)  # (B, n)
-                rollout = rollout.with_ahead("logp", policy, steps, logp)
-        return rollout
+    def fill(self, rollout: Rollout, steps: range) -> Rollout:
+        """The rollout with what its update of ``steps`` asks of the policies as they are, and no score changes:
+        ``ref_logp`` for an estimate of the KL; ``old_logp`` for that of the samples, or for ratios of several steps."""
+        rollout.require_current(self.policy, steps)
+        found: dict[str, Any] = {}
+        estimated = bool(self.kl_coef) and self.kl != "full"
+        if estimated and rollout.ref_logp is None and self.reference is not None:
+            found["ref_logp"] = self.all_log_probs(self.reference, rollout, steps)
+        if rollout.old_logp is None and (not self.one_step or (estimated and self.kl_in == "reward")):
+            found["old_logp"] = self.old_log_probs(rollout, steps)
+        return replace(rollout, **found, version=weights_version(self.policy)) if found else rollout
 
     # 2 to 4. From rewards to tokens ----------------------------------------------------------------------------------
 
@@ -243,6 +241,7 @@ class GRPO(Agent):
         """A hook of the wrappers: what each row is worth, ``(P, G)``. Here its reward, less the KL if asked for."""
         if not self.kl_coef or self.kl_in == "loss":
             return rollout.scores
+        rollout = self.fill(rollout, steps)
         with torch.no_grad():
             kl = self.in_micro_batches(lambda rows: self.kl_to_reference(rollout, rows, steps).sum(1), rollout)  # (B,)
         self.logger.record("rollout/kl", kl.mean().item())
@@ -298,10 +297,8 @@ class GRPO(Agent):
         rows, together = len(advantages), self.processes
         weights = TokenWeights(*(together.gather(part) for part in self.outermost.token_weights(rollout, steps)))
         before = together.rows_before(rows)  # of the rows of all processes, which the minibatches are made of
-        old: Tensor | None = None  # (B, n)
-        if not self.one_step:
-            rollout = self.look_ahead(rollout, steps)  # once for all optimiser steps
-            old = self.old_log_probs(rollout, steps)
+        rollout = self.fill(rollout, steps)  # once for all optimiser steps
+        old = None if self.one_step else rollout.old_logp  # (B, n)
         seen: list[logs.Tokens] = []
         norms: list[float] = []
         for minibatch in self.minibatch_rows(len(weights.policy), shuffle=not self.one_step):
@@ -374,9 +371,9 @@ class GRPO(Agent):
         """The KL of the policy to the reference at each token of some rows, ``(b, n)``."""
         assert self.reference is not None
         if self.kl != "full":
-            logp = self.logp(self.policy, rollout, rows, steps) if new is None else new.logp
+            logp = self.logp(self.policy, rollout.old_logp, rollout, rows, steps) if new is None else new.logp
             with torch.no_grad():
-                ref_logp = self.logp(self.reference, rollout, rows, steps)
+                ref_logp = self.logp(self.reference, rollout.ref_logp, rollout, rows, steps)
             return losses.kl_estimate(logp, ref_logp, self.kl)
         new = new or self.log_probs(self.policy, rollout, rows, steps)
         with torch.no_grad():
@@ -399,15 +396,18 @@ class GRPO(Agent):
         chosen = torch.cat([grids[t] for t in steps], 1)  # (b, n, D)
         return losses.log_probs(policy(cond, grids, steps), chosen, support)
 
-    def logp(self, policy: Policy, rollout: Rollout, rows: Tensor, steps: range) -> Tensor:
-        """The log-probabilities of `log_probs`, ``(b, n)``; those of `look_ahead`, without gradient, if they hold."""
-        known = rollout.known("logp", policy, steps)  # (B, n)
-        return self.log_probs(policy, rollout, rows, steps).logp if known is None else known[rows]
+    def logp(self, policy: Policy, filled: Tensor | None, rollout: Rollout, rows: Tensor, steps: range) -> Tensor:
+        """Log-probabilities of some rows, ``(b, n)``, from the rollout's field of all rows if that is filled."""
+        return self.log_probs(policy, rollout, rows, steps).logp if filled is None else filled[rows]
 
-    @torch.no_grad()
     def old_log_probs(self, rollout: Rollout, steps: range) -> Tensor:
         """Log-probabilities before the first optimiser step, ``(B, n)``."""
-        return self.in_micro_batches(partial(self.logp, self.policy, rollout, steps=steps), rollout)
+        return self.all_log_probs(self.policy, rollout, steps)
+
+    @torch.no_grad()
+    def all_log_probs(self, policy: Policy, rollout: Rollout, steps: range) -> Tensor:
+        """Those of all rows, without gradient, ``(B, n)``."""
+        return self.in_micro_batches(lambda rows: self.log_probs(policy, rollout, rows, steps).logp, rollout)
 
     def in_micro_batches(
         self, function: Callable[[Tensor], Tensor], rollout: Rollout, rows: Tensor | None = None

@@ -38,7 +38,7 @@ from agents.base import require_at_least
 from agents.grpo import GRPO
 from agents.policies.base import Policy
 from agents.registry import register
-from agents.rollout import Rollout
+from agents.rollout import Rollout, weights_version
 
 CRITIC_MINIBATCHES = 4  # of each epoch over a rollout
 
@@ -142,27 +142,25 @@ class PPO(GRPO):
             self.critic.parameters(), lr=self.critic_learning_rate, weight_decay=0.0
         )
 
-    def while_scored(self, rollout: Rollout) -> Rollout:
-        rollout = super().while_scored(rollout)
-        return rollout.with_ahead("features", self.policy, range(len(rollout.grids)), self.all_features(rollout))
+    def fill(self, rollout: Rollout, steps: range) -> Rollout:
+        """As in `GRPO`, and with the ``features`` of the states, from the policy as it is before the update."""
+        rollout = super().fill(rollout, steps)
+        if rollout.features is not None:
+            return rollout
+        features = self.in_micro_batches(lambda rows: self.features(rollout, rows), rollout)
+        return replace(rollout, features=features, version=weights_version(self.policy))
 
     # Judging ---------------------------------------------------------------------------------------------------------
 
     def judge(self, rollout: Rollout, steps: range) -> Rollout:
-        """As in `GRPO`, and with the ``features`` of the states, from the policy as it is before the update.
+        """As in `GRPO`, and filled.
 
         Raises:
             ValueError: ``steps`` are not all T grids.
         """
         if steps != range(len(self.policy.schedule)):
             raise ValueError(f"PPO learns all {len(self.policy.schedule)} grids at once, not {steps}")
-        return super().judge(replace(rollout, features=self.all_features(rollout)), steps)
-
-    @torch.no_grad()
-    def all_features(self, rollout: Rollout) -> Tensor:
-        """`features` of all rows, ``(B, T, W)``, unless they are known."""
-        known = rollout.known("features", self.policy, range(len(rollout.grids)))
-        return self.in_micro_batches(lambda rows: self.features(rollout, rows), rollout) if known is None else known
+        return super().judge(self.fill(rollout, steps), steps)
 
     @torch.no_grad()
     def features(self, rollout: Rollout, rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -51,20 +51,6 @@ def resized(env: VARTextEnv | VARTextVectorEnv, num_envs: int, reward: Reward | 
     return VARTextVectorEnv(num_envs, world=env.world, tokenizer=env.tokenizer, reward=reward or env.reward)
 
 
-class Ahead(NamedTuple):
-    """Something a policy says of the rows of a rollout, computed before the update that asks for it."""
-
-    values: Tensor  # (B, ...)
-    what: str
-    policy: Policy
-    version: int  # of its weights, see `weights_version`
-    steps: range  # the grids it is about
-
-    def rows(self, index: Tensor) -> Ahead:
-        """That of some rows, int64, which may repeat."""
-        return self._replace(values=self.values[index])
-
-
 def weights_version(policy: Policy) -> int:
     """Another number after every change of the weights in place, as optimisers and ``load_state_dict`` make them."""
     return sum(weight._version for weight in policy.parameters())
@@ -91,9 +77,12 @@ class Rollout:
     regions: list[np.ndarray]  # B * K of (number found, 4), xyxy in pixels
     seconds: dict[str, float]  # "sampling", "reward", "decode", the rest of the environment, and "ahead" with a pool
     advantages: Tensor | None = None  # (B,) or (B, n), once an algorithm has judged the rows
-    features: Tensor | None = None  # (B, T, W) float32, what PPO's critic saw of the state before each grid
     forks: Forks = ()  # where the pictures of a prompt parted, see `collect`
-    ahead: tuple[Ahead, ...] = ()  # of these rows and grids, for the update: see `known`
+    # What the policies say of these rows before the update, n being the tokens of the grids that it learns.
+    old_logp: Tensor | None = None  # (B, n) float32, of the policy
+    ref_logp: Tensor | None = None  # (B, n) float32, of the reference
+    features: Tensor | None = None  # (B, T, W) float32, what PPO's critic sees of the state before each grid
+    version: int | None = None  # of the policy's weights that these are of, see `weights_version`
 
     @property
     def grids(self) -> list[Tensor]:
@@ -105,14 +94,20 @@ class Rollout:
         """K, the pictures of each row."""
         return self.returns.shape[2]
 
-    def with_ahead(self, what: str, policy: Policy, steps: range, values: Tensor) -> Rollout:
-        """The rollout with ``values``, ``(B, ...)``: what the policy, as it is, says of its rows in ``steps``."""
-        return replace(self, ahead=(*self.ahead, Ahead(values, what, policy, weights_version(policy), steps)))
+    def require_current(self, policy: Policy, steps: range) -> None:
+        """That ``old_logp``, ``ref_logp`` and ``features``, if there, are of the policy as it is and of these steps.
 
-    def known(self, what: str, policy: Policy, steps: range) -> Tensor | None:
-        """The ``values`` of `with_ahead`, if there are any, of these steps and of the policy as it is now."""
-        key = what, policy, weights_version(policy), steps
-        return next((found.values for found in self.ahead if found[1:] == key), None)
+        Raises:
+            ValueError: the weights have changed since, as after an update.
+        """
+        if self.version not in (None, weights_version(policy)):
+            raise ValueError(
+                "the weights have changed since this rollout's log-probabilities were computed: sample a new one, or "
+                "set its old_logp, ref_logp, features and version to None to have them computed again"
+            )
+        shape = len(self.scenes), sum(policy.schedule.sizes[t] for t in steps)
+        for logp in (self.old_logp, self.ref_logp):
+            assert logp is None or logp.shape == shape, f"log-probabilities of {tuple(logp.shape)}, not {shape}"
 
     def require_finite(self) -> None:
         """``ValueError`` naming the first reward that is not a finite number, and its prompt."""
@@ -130,15 +125,21 @@ class Rollout:
         ``policy`` made the condition, and ``value`` maps returns ``(P, G, K)`` to the new rows' scores ``(P, G)``.
         """
         returns = self.returns.unflatten(1, (-1, suffixes)).flatten(2)  # (P, G, K)
+        first = slice(None, None, suffixes)
         return replace(
             self,
             cond=policy.take(self.cond, torch.arange(0, len(self.scenes), suffixes, device=policy.device)),
-            scenes=self.scenes[::suffixes],
-            draws=[draw.take(slice(None, None, suffixes)) for draw in self.draws[:grids]],
+            scenes=self.scenes[first],
+            draws=[draw.take(first) for draw in self.draws[:grids]],
             scores=value(returns),
             returns=returns,
-            ahead=tuple(found._replace(values=found.values[::suffixes]) for found in self.ahead),
+            **{name: values[first] for name, values in self.before_update().items()},
         )
+
+    def before_update(self) -> dict[str, Any]:
+        """Of ``old_logp``, ``ref_logp`` and ``features`` those that there are."""
+        found = {name: getattr(self, name) for name in ("old_logp", "ref_logp", "features")}
+        return {name: values for name, values in found.items() if values is not None}
 
     def groups(self, policy: Policy, keep: Tensor) -> Rollout:
         """Some prompts with all their rows and pictures; ``policy`` made the condition, ``keep`` is bool ``(P,)``."""
@@ -161,15 +162,16 @@ class Rollout:
             words_read=[self.words_read[picture] for picture in pictures],
             regions=[self.regions[picture] for picture in pictures],
             advantages=None if self.advantages is None else self.advantages[on_device],
-            features=None if self.features is None else self.features[on_device],
-            ahead=tuple(found.rows(on_device) for found in self.ahead),
+            **{name: values[on_device] for name, values in self.before_update().items()},
         )
 
     @staticmethod
     def concatenate(policy: Policy, rollouts: Sequence[Rollout]) -> Rollout:
         """The prompts of several rollouts of the same G and K in one; ``policy`` encodes the prompts together."""
         scenes = [scene for rollout in rollouts for scene in rollout.scenes]
-        first = rollouts[0]
+        first, before = rollouts[0], [rollout.before_update() for rollout in rollouts]
+        assert all(rollout.version == first.version for rollout in rollouts), "of one policy, as it is"
+        joined: dict[str, Any] = {name: torch.cat([found[name] for found in before]) for name in before[0]}
         return replace(
             first,
             cond=policy.encode_prompts([scene.prompt for scene in scenes]) if scenes else first.cond,
@@ -183,12 +185,7 @@ class Rollout:
             regions=[boxes for rollout in rollouts for boxes in rollout.regions],
             seconds={name: sum(rollout.seconds[name] for rollout in rollouts) for name in first.seconds},
             advantages=None,
-            features=None,
-            ahead=tuple(
-                parts[0]._replace(values=torch.cat([part.values for part in parts]))
-                for parts in zip(*(rollout.ahead for rollout in rollouts), strict=False)
-                if all(part[1:] == parts[0][1:] for part in parts)
-            ),
+            **joined,
         )
 
     def scored(self, found: RewardOutput) -> Rollout:
