@@ -74,6 +74,7 @@ class Rollout:
     parts: dict[str, np.ndarray]  # each (B * K,), NaN where a part is not applicable
     images: np.ndarray  # (B * K, S, S, 3) uint8
     words_read: list[list[str]]  # B * K
+    reads: bool  # whether the reward looked for words; if not, nobody did
     regions: list[np.ndarray]  # B * K of (number found, 4), xyxy in pixels
     seconds: dict[str, float]  # "sampling", "reward", "decode", the rest of the environment, and "ahead" with a pool
     advantages: Tensor | None = None  # (B,) or (B, n), once an algorithm has judged the rows
@@ -198,6 +199,7 @@ class Rollout:
             returns=scores.unsqueeze(2),
             parts=found.parts,
             words_read=found.words,
+            reads=found.reads_words,
             regions=found.regions,
         )
 
@@ -384,6 +386,7 @@ def collect(
         parts=info["parts"],
         images=info["image"],
         words_read=info["words_read"],
+        reads=bool(info["reads"].all()),
         regions=info["regions"],
         seconds=seconds,
         forks=pairs,

@@ -104,6 +104,7 @@ def random_rollout(policy: VARTextPolicy, rows: int) -> Rollout:
         parts={},
         images=np.zeros((rows, 1, 1, 3), np.uint8),
         words_read=[[]] * rows,
+        reads=False,
         regions=[np.zeros((0, 4), np.float32)] * rows,
         seconds={},
     )

@@ -50,6 +50,7 @@ def all_pictures(agent, groups=1):
         parts={},
         images=np.zeros((count, 1, 1, 3), np.uint8),
         words_read=[[]] * count,
+        reads=False,
         regions=[np.zeros((0, 4), np.float32)] * count,
         seconds={},
     )

@@ -154,6 +154,7 @@ def finish(tokenizer: VisualTokenizer, reward: Reward, state: State) -> State:
         "score": output.scores,
         "parts": dict(output.parts),
         "words_read": output.words,
+        "reads": np.full(len(images), output.reads_words),
         "confidences": output.confidences,
         "regions": output.regions,
         "boxes": [np.array(scene.boxes, np.float32).reshape(-1, 4) for scene in state.scenes],
