@@ -33,6 +33,7 @@ from agents.policies.base import Policy
 from agents.policies.lora import add_lora
 from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs
 from agents.sampling import Decoding, SharedNoise
+from agents.timing import timed
 from rewards.pool import RewardPool
 from var_env.vector import VARTextVectorEnv
 from var_env.visual_tokenizer import VisualTokenizer
@@ -398,16 +399,22 @@ class Agent(BaseAlgorithm):
         self.logger.dump(self.num_timesteps)
 
     @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Counts the time of the ``with`` block to ``seconds``, and logs it as ``time/`` and the phase."""
+        seconds: dict[str, float] = {}
+        with timed(seconds, phase):
+            yield
+        self.seconds += seconds[phase]
+        self.logger.record(f"time/{phase}", seconds[phase])
+
+    @contextmanager
     def updating(self) -> Iterator[None]:
         """Around the learning of an iteration: sets the learning rate, and counts and times the update."""
-        start = time.perf_counter()
-        self._update_learning_rate(self.optimizer)
-        yield
-        self._n_updates += 1
-        elapsed = time.perf_counter() - start
-        self.seconds += elapsed
+        with self.timed("update"):
+            self._update_learning_rate(self.optimizer)
+            yield
+            self._n_updates += 1
         self.logger.record("train/n_updates", self.n_updates)
-        self.logger.record("time/update", elapsed)
 
     def optimizer_step(self, loss: Tensor | None = None) -> float:
         """Sum the gradient over processes, clip it, take the step, move the average; returns the gradient's norm.

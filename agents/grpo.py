@@ -17,7 +17,6 @@ from the sampler, whose distribution is another one under guidance or truncation
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -226,10 +225,9 @@ class GRPO(Agent):
 
     def learn_from(self, rollout: Rollout, steps: range) -> None:
         """One update of the grids in ``steps`` from a rollout, wrappers included."""
-        start = time.perf_counter()
-        rollout = self.judge(rollout, steps)
-        advantages = self.outermost.token_advantages(rollout, steps)
-        self.seconds += time.perf_counter() - start
+        with self.timed("judge"):
+            rollout = self.judge(rollout, steps)
+            advantages = self.outermost.token_advantages(rollout, steps)
         self.update(rollout, advantages, steps)
 
     def judge(self, rollout: Rollout, steps: range) -> Rollout:

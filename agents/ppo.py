@@ -25,7 +25,6 @@ Against Stable-Baselines3's PPO (``agents/sb3_policy.py`` runs it on the same ne
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -201,21 +200,20 @@ class PPO(GRPO):
 
     def fit_critic(self, rollout: Rollout) -> None:
         """Fit the critic to the returns of a judged rollout. The explained variance is that before it."""
-        start = time.perf_counter()
-        rollout = self.of_all(rollout)
-        values, _, returns = self.estimates(rollout)
-        assert rollout.features is not None
-        update_learning_rate(self.critic_optimizer, self.critic_learning_rate)  # one given to load() holds
-        total = 0.0
-        for _ in range(self.critic_epochs):
-            order = torch.randperm(len(values), generator=self.generator, device=self.device)
-            for rows in order.chunk(CRITIC_MINIBATCHES):
-                loss = nn.functional.mse_loss(self.critic(rollout.features[rows]), returns[rows])
-                self.critic_optimizer.zero_grad()
-                loss.backward()
-                self.critic_optimizer.step()
-                total += loss.item() * len(rows)
-        self.seconds += time.perf_counter() - start
+        with self.timed("critic"):
+            rollout = self.of_all(rollout)
+            values, _, returns = self.estimates(rollout)
+            assert rollout.features is not None
+            update_learning_rate(self.critic_optimizer, self.critic_learning_rate)  # one given to load() holds
+            total = 0.0
+            for _ in range(self.critic_epochs):
+                order = torch.randperm(len(values), generator=self.generator, device=self.device)
+                for rows in order.chunk(CRITIC_MINIBATCHES):
+                    loss = nn.functional.mse_loss(self.critic(rollout.features[rows]), returns[rows])
+                    self.critic_optimizer.zero_grad()
+                    loss.backward()
+                    self.critic_optimizer.step()
+                    total += loss.item() * len(rows)
         self.logger.record("train/value_loss", total / (self.critic_epochs * len(values)))
         explained = explained_variance(values.flatten().cpu().numpy(), returns.flatten().cpu().numpy())
         if math.isfinite(explained):  # equal returns leave nothing to explain

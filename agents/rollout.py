@@ -7,8 +7,8 @@ what pictures share is computed once.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -22,7 +22,8 @@ from agents.losses import zero_variance
 from agents.policies.base import Policy
 from agents.processes import Processes
 from agents.sampling import Decoding, Draw, SharedNoise, draw
-from rewards.base import HasWords, Reward, RewardOutput
+from agents.timing import timed
+from rewards.base import Reward, RewardOutput
 from rewards.pool import RewardPool, join
 from var_env import mdp
 from var_env.env import VARTextEnv
@@ -228,47 +229,14 @@ class Trail:
     """What `unroll` drew, one entry a step: ``B`` rows, grid t of ``n_t`` tokens with ``D`` codes each."""
 
     draws: list[Draw] = field(default_factory=list)
-    info: dict[str, Any] = field(default_factory=dict)  # of the last environment step
     seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "decode": 0.0, "reward": 0.0})
+    images: np.ndarray | None = None  # (B, S, S, 3) uint8, after the last grid
+    answer: Future[RewardOutput] | None = None  # of the reward, after the last grid
 
     @property
     def grids(self) -> list[Tensor]:
         """The tokens of each grid, ``(B, n_t, D)`` int64."""
         return [draw.tokens for draw in self.draws]
-
-
-class TimedReward(Reward):
-    """A reward that keeps the time, so that the last step's is told apart from decoding."""
-
-    def __init__(self, reward: Reward) -> None:
-        self.reward, self.name, self.seconds = reward, reward.name, 0.0
-
-    def check_scenes(self, scenes: Sequence[HasWords], count: int) -> None:
-        """Left to the reward, which may ask for more than words or for less."""
-
-    def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
-        start = time.perf_counter()
-        output = self.reward(images, scenes)
-        self.seconds += time.perf_counter() - start
-        return output
-
-
-class Deferred(Reward):
-    """Hands pictures to a pool of workers and gives zeros for the time being; ``output`` waits for the scores."""
-
-    def __init__(self, pool: RewardPool) -> None:
-        self.pool, self.name = pool, pool.name
-
-    def check_scenes(self, scenes: Sequence[HasWords], count: int) -> None:
-        """Left to the pool."""
-
-    def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
-        self.future = self.pool.submit(images, scenes)
-        return RewardOutput(np.zeros(len(images), np.float32))
-
-    def output(self) -> RewardOutput:
-        """What the pool found."""
-        return self.future.result()
 
 
 class Caches:
@@ -306,30 +274,28 @@ def unroll(
 ) -> Trail:
     """Continue the episodes in ``envs`` over ``steps``, which start at ``envs.t``. Uses caches and envs up.
 
-    ``on_step`` is called after each environment step and may raise to stop. Decoding and scoring the pictures is part
-    of the last step.
+    ``on_step`` is called after each environment step and may raise to stop. After the last grid the images are decoded
+    and handed to the reward first.
     """
-    trail, timer = Trail(), TimedReward(envs.reward)
+    trail = Trail()
+    seconds = trail.seconds
     previous = envs.grids[-1].to(policy.device) if envs.t else None
     for t in steps:
-        start = time.perf_counter()
-        features = envs.tokenizer.read(t, envs.canvas).to(policy.device)  # (B, n_t, C)
-        logits, null_logits = caches.step(t, features, previous)
-        drawn = draw(logits, null_logits, decoding, generator)
-        previous = drawn.tokens
-        trail.draws.append(drawn if keep_support else drawn._replace(support=None))
-        sampled = time.perf_counter()
-        trail.seconds["sampling"] += sampled - start
-        envs.reward = timer
-        try:
-            trail.info = envs.step(drawn.tokens)[-1]
-        finally:
-            envs.reward = timer.reward
-        trail.seconds["decode"] += time.perf_counter() - sampled
+        with timed(seconds, "sampling"):
+            features = envs.tokenizer.read(t, envs.canvas).to(policy.device)  # (B, n_t, C)
+            logits, null_logits = caches.step(t, features, previous)
+            drawn = draw(logits, null_logits, decoding, generator)
+            previous = drawn.tokens
+            trail.draws.append(drawn if keep_support else drawn._replace(support=None))
+        with timed(seconds, "decode"):
+            envs.advance(drawn.tokens)
+        if envs.t == len(envs.schedule):
+            with timed(seconds, "decode"):
+                trail.images = envs.decode()
+            with timed(seconds, "reward"):
+                trail.answer = envs.reward.submit(trail.images, envs.scenes)
         if on_step is not None:
             on_step(envs)
-    trail.seconds["decode"] -= timer.seconds
-    trail.seconds["reward"] += timer.seconds
     return trail
 
 
@@ -355,42 +321,73 @@ def collect(
     included: then a prompt has ``group_size * k`` pictures, those of one prefix side by side. Several such pairs, m
     growing, fork one after the other.
     """
+    rollout, answer = collect_unscored(
+        policy,
+        envs,
+        group_size,
+        decoding,
+        generator,
+        fork_at=fork_at,
+        scenes=scenes,
+        seed=seed,
+        keep_support=keep_support,
+        on_step=on_step,
+    )
+    with timed(rollout.seconds, "reward"):
+        return rollout.scored(answer.result())
+
+
+@torch.no_grad()
+def collect_unscored(
+    policy: Policy,
+    envs: VARTextVectorEnv,
+    group_size: int,
+    decoding: Decoding,
+    generator: torch.Generator | SharedNoise | None = None,
+    *,
+    fork_at: tuple[int, int] | Forks | None = None,
+    scenes: Sequence[Scene] | None = None,
+    seed: int | None = None,
+    keep_support: bool = False,
+    on_step: Callable[[VARTextVectorEnv], None] | None = None,
+) -> tuple[Rollout, Future[RewardOutput]]:
+    """`collect` without waiting for the reward: a rollout whose scores are NaN, and the answer that `scored` takes."""
     length = len(envs.schedule)
     pairs = fork_pairs(fork_at, length)
-    start = time.perf_counter()
-    envs.reset(seed=seed, options=None if scenes is None else {"scenes": list(scenes)})
-    cond = policy.encode_prompts([scene.prompt for scene in envs.scenes])  # P rows
-    caches, rows = Caches(policy, cond, decoding.guided), envs
+    seconds: dict[str, float] = {}
+    with timed(seconds, "sampling"):
+        envs.reset(seed=seed, options=None if scenes is None else {"scenes": list(scenes)})
+        cond = policy.encode_prompts([scene.prompt for scene in envs.scenes])  # P rows
+        caches, rows = Caches(policy, cond, decoding.guided), envs
     draws: list[Draw] = []
-    seconds = {"sampling": time.perf_counter() - start}
     forks = [(0, group_size), *pairs]
     for (begin, k), (end, _) in zip(forks, [*forks[1:], (length, 1)], strict=True):
-        start = time.perf_counter()
-        index = torch.arange(rows.num_envs, device=policy.device).repeat_interleave(k)
-        caches, rows = caches.fork(index), rows.fork(k)
-        draws = [drawn.take(index) for drawn in draws]
-        seconds["sampling"] += time.perf_counter() - start
+        with timed(seconds, "sampling"):
+            index = torch.arange(rows.num_envs, device=policy.device).repeat_interleave(k)
+            caches, rows = caches.fork(index), rows.fork(k)
+            draws = [drawn.take(index) for drawn in draws]
         trail = unroll(policy, rows, caches, range(begin, end), decoding, generator, keep_support, on_step)
         draws += trail.draws
         for phase, elapsed in trail.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + elapsed
-    info = trail.info
+    assert trail.images is not None and trail.answer is not None  # the last trail ends after the last grid
     per_prompt = rows.num_envs // envs.num_envs
-    scores = torch.as_tensor(info["score"], dtype=torch.float32).view(-1, per_prompt)  # (P, G)
-    return Rollout(
+    scores = torch.full((envs.num_envs, per_prompt), torch.nan)  # (P, G)
+    rollout = Rollout(
         cond=policy.take(cond, torch.arange(envs.num_envs, device=policy.device).repeat_interleave(per_prompt)),
         scenes=list(rows.scenes),
         draws=draws,
         scores=scores,
         returns=scores.unsqueeze(2),
-        parts=info["parts"],
-        images=info["image"],
-        words_read=info["words_read"],
-        reads=bool(info["reads"].all()),
-        regions=info["regions"],
+        parts={},
+        images=trail.images,
+        words_read=[[]] * rows.num_envs,
+        reads=False,
+        regions=[np.zeros((0, 4), np.float32)] * rows.num_envs,
         seconds=seconds,
         forks=pairs,
     )
+    return rollout, trail.answer
 
 
 def fork_pairs(fork_at: tuple[int, int] | Forks | None, length: int) -> Forks:
@@ -417,7 +414,7 @@ def collect_in_parts(
     """`collect`, the prompts in several parts: while one is scored by a `RewardPool`, the next is drawn.
 
     The same prompts as in one part, with other noise: the sampler draws for one part after the other. When all are
-    drawn, ``while_scored`` may add to the rollout what needs no scores, which are zeros then. Its time is "ahead", and
+    drawn, ``while_scored`` may add to the rollout what needs no scores, which are NaN then. Its time is "ahead", and
     the time for the reward is what is left of it after that.
 
     Raises:
@@ -429,20 +426,18 @@ def collect_in_parts(
             f"{envs.reward.name!r}}}; the environment has the reward {envs.reward.name!r}"
         )
     envs.reset(seed=seed)
-    drawn: list[Rollout] = []
-    deferred: list[Deferred] = []
+    found: list[tuple[Rollout, Future[RewardOutput]]] = []
     for scenes in np.array_split(np.arange(envs.num_envs), min(parts, envs.num_envs)):
         mine = [envs.scenes[i] for i in scenes]
-        deferred.append(Deferred(envs.reward))
-        part = resized(envs, len(mine), deferred[-1])
-        drawn.append(collect(policy, part, group_size, decoding, scenes=mine, **more))
-    start = time.perf_counter()
-    rollout = while_scored(drawn[0] if len(drawn) == 1 else Rollout.concatenate(policy, drawn))
-    waiting = time.perf_counter()
-    rollout = rollout.scored(join([part.output() for part in deferred]))
-    rollout.seconds["ahead"] = waiting - start
-    rollout.seconds["reward"] += time.perf_counter() - waiting
-    return rollout
+        part = resized(envs, len(mine))
+        found.append(collect_unscored(policy, part, group_size, decoding, scenes=mine, **more))
+    drawn, answers = zip(*found, strict=True)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "ahead"):
+        rollout = while_scored(drawn[0] if len(drawn) == 1 else Rollout.concatenate(policy, drawn))
+    with timed(rollout.seconds, "reward"):
+        rollout = rollout.scored(join([answer.result() for answer in answers]))
+    return replace(rollout, seconds=rollout.seconds | seconds)
 
 
 @torch.no_grad()

@@ -47,10 +47,10 @@ class TestUnroll:
         generator = seeded()
         first = unroll(policy, split_envs, split_caches, range(2), Decoding(), generator)
         second = unroll(policy, split_envs, split_caches, range(2, 3), Decoding(), generator)
-        assert not first.info
+        assert first.images is None and first.answer is None
         for a, b in zip(whole.grids, first.grids + second.grids, strict=True):
             assert torch.equal(a, b)
-        assert np.array_equal(whole.info["image"], second.info["image"])
+        assert np.array_equal(whole.images, second.images)
 
     def test_forks_of_a_prefix_share_it(self, policy, parts):
         envs = tiny_envs(parts)
@@ -59,18 +59,18 @@ class TestUnroll:
         index = torch.arange(2).repeat_interleave(3)
         forked = envs.fork(3)
         trail = unroll(policy, forked, caches.fork(index), range(1, 3), Decoding(), seeded(1))
-        assert trail.grids[0].shape == (6, 4, 1) and trail.info["score"].shape == (6,)
+        assert trail.grids[0].shape == (6, 4, 1) and trail.answer.result().scores.shape == (6,)
         assert torch.equal(forked.grids[0], envs.grids[0][index])
         # The parent's cache is not used up by its forks.
         again = unroll(policy, envs.fork(3), caches.fork(index), range(1, 3), Decoding(), seeded(1))
         assert all(torch.equal(a, b) for a, b in zip(trail.grids, again.grids, strict=True))
 
-    def test_times_the_reward_and_gives_it_back(self, policy, parts):
+    def test_times_the_phases(self, policy, parts):
         envs = tiny_envs(parts)
         _, caches = begin(policy, envs, Decoding())
         trail = unroll(policy, envs, caches, range(3), Decoding(), seeded())
         assert set(trail.seconds) == {"sampling", "decode", "reward"} and min(trail.seconds.values()) > 0
-        assert envs.reward is parts["reward"] and envs.reward.calls == 1
+        assert envs.reward.calls == 1
 
 
 class TestForkAt:
@@ -102,8 +102,8 @@ class TestForkAt:
         trail = unroll(policy, scratch, caches, range(1, 3), decoding, generator)
         for ours, theirs in zip(trail.grids, tree.grids[1:], strict=True):
             assert torch.equal(ours, theirs)
-        assert np.array_equal(trail.info["image"], tree.images)
-        assert np.array_equal(trail.info["score"], tree.scores.flatten().numpy())
+        assert np.array_equal(trail.images, tree.images)
+        assert np.array_equal(trail.answer.result().scores, tree.scores.flatten().numpy())
 
     def test_every_row_counts_each_step_once(self, policy, parts):
         seen = []

@@ -176,6 +176,14 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
         terminations, truncations = np.full(self.num_envs, over), np.zeros(self.num_envs, np.bool_)
         return mdp.observe(state), rewards, terminations, truncations, dict(state.outcome or {})
 
+    def advance(self, actions: Any) -> None:
+        """Append one grid to every row as :meth:`step` does, and score nothing, for a reward that answers later."""
+        self._state = mdp.advance(self.tokenizer, self._state, actions, batched=True)
+
+    def decode(self) -> np.ndarray:
+        """The images of the grids so far, ``(N, S, S, 3)`` uint8."""
+        return mdp.decode(self.tokenizer, mdp.require(self._state))
+
     def render(self) -> tuple[Any, ...] | None:
         """One frame a row, as the single environment renders it."""
         if self.render_mode is None:
