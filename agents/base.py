@@ -14,20 +14,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3.common import utils
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from torch import Tensor
 
 from agents import checkpoint, logs, processes
-from agents.callbacks import SampleProgressBar
 from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
@@ -38,14 +37,24 @@ from rewards.pool import RewardPool
 from var_env.vector import VARTextVectorEnv
 from var_env.visual_tokenizer import VisualTokenizer
 
-if TYPE_CHECKING:
-    from agents.wrapper import Wrapper
-
 AgentT = TypeVar("AgentT", bound="Agent")
 
 
 class StopLearning(Exception):
     """A callback ended the training in the middle of a rollout, which is dropped."""
+
+
+class SampleProgressBar(ProgressBarCallback):
+    """The progress bar over environment steps of all rows that an agent samples, forks included."""
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        self._shown = self.model.num_timesteps
+
+    def _on_step(self) -> bool:
+        self.pbar.update(self.model.num_timesteps - self._shown)
+        self._shown = self.model.num_timesteps
+        return True
 
 
 class Agent(BaseAlgorithm):
@@ -193,7 +202,7 @@ class Agent(BaseAlgorithm):
         return self
 
     @property
-    def wrappers(self) -> list[Wrapper]:
+    def wrappers(self) -> list[Any]:
         """From the inside out."""
         return []
 
@@ -533,6 +542,13 @@ def require_choice(choices: Iterable[str], **options: str) -> None:
     for name, value in options.items():
         if value not in choices:
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+
+
+def require_above(least: float, **options: float | None) -> None:
+    """``ValueError`` naming the first option that is neither ``None`` nor above ``least``."""
+    for name, value in options.items():
+        if value is not None and not value > least:
+            raise ValueError(f"{name} must be above {least:g}, got {value}")
 
 
 def require_at_least(least: int, **options: int) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +36,8 @@ from agents.base import require_at_least
 from agents.callbacks import AgentCallback
 from agents.grpo import GRPO, TokenWeights
 from agents.rollout import Rollout, collect, resized
+from agents.wrapper import Wrapper
 from var_env.schedule import ScaleSchedule
-
-if TYPE_CHECKING:
-    from agents.wrapper import Wrapper
 
 
 class Conflict(NamedTuple):

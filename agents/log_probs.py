@@ -18,12 +18,18 @@ from agents.losses import Predicted
 from agents.policies.base import Policy
 from agents.rollout import Rollout
 
+KL_PLACES = ("loss", "reward")
+
 
 class LogProbs(Agent):
-    """An agent that learns from the log-probabilities of what it sampled.
+    """An agent that learns from the log-probabilities of what it sampled, and may hold on to a reference policy.
 
     Args:
         policy, env: and more keywords, as in `Agent`.
+        kl_coef: weight of the KL to the reference, the policy as it was given; 0 is without.
+        kl: "k1", "k2", "k3" or "full", see ``losses.KL_ESTIMATES`` and ``losses.full_kl``.
+        kl_in: "loss" adds the KL of each token to the loss; "reward" takes the sum over a row's tokens off its score,
+            before advantages are made, as RLHF does; "k1" is the usual estimate there.
         support: "model" learns with the model's own log-probabilities; "sampler" renormalises them on the codes that a
             truncated sampler could draw, frozen at sampling. Pushing down truncated samples otherwise leaks
             probability to codes that are never shown, so truncated training needs this or a strong KL.
@@ -40,15 +46,23 @@ class LogProbs(Agent):
         policy: Any,
         env: Any,
         *,
+        kl_coef: float = 0.02,
+        kl: str = "k3",
+        kl_in: str = "loss",
         support: str = "model",
         micro_batch: int | None = None,
         logit_chunk: int | None = None,
         recompute: bool = False,
         **common: Any,
     ) -> None:
+        require_choice((*losses.KL_ESTIMATES, "full"), kl=kl)
+        require_choice(KL_PLACES, kl_in=kl_in)
         require_choice(("model", "sampler"), support=support)
+        if not kl_coef >= 0:
+            raise ValueError(f"kl_coef must be at least 0, got {kl_coef}")
         require_at_least(1, micro_batch=1 if micro_batch is None else micro_batch)
         require_at_least(1, logit_chunk=1 if logit_chunk is None else logit_chunk)
+        self.kl_coef, self.kl, self.kl_in = kl_coef, kl, kl_in
         self.support, self.micro_batch, self.logit_chunk, self.recompute = support, micro_batch, logit_chunk, recompute
         if logit_chunk is not None and self.needs_everything is not None:
             raise ValueError(
@@ -60,11 +74,15 @@ class LogProbs(Agent):
         if self.recompute:
             self.policy.recompute_activations()
         super()._setup_model()
+        if self.kl_coef:
+            self.require_reference()
 
     @property
     def needs_everything(self) -> str | None:
         """The option, if there is one, that takes the log-probabilities of all codes and not of the tokens alone."""
-        return f"support={self.support!r}" if self.support == "sampler" else None
+        if self.kl == "full":
+            return "kl='full'"
+        return "support='sampler'" if self.support == "sampler" else None
 
     @property
     def keeps_support(self) -> bool:
@@ -103,6 +121,20 @@ class LogProbs(Agent):
     def all_log_probs(self, policy: Policy, rollout: Rollout, steps: range) -> Tensor:
         """Those of all rows, without gradient, ``(B, n)``."""
         return self.in_micro_batches(lambda rows: self.log_probs(policy, rollout, rows, steps).logp, rollout)
+
+    def kl_to_reference(self, rollout: Rollout, rows: Tensor, steps: range, new: Predicted | None = None) -> Tensor:
+        """The KL of the policy to the reference at each token of some rows, ``(b, n)``."""
+        assert self.reference is not None
+        if self.kl != "full":
+            logp = self.logp(self.policy, rollout.old_logp, rollout, rows, steps) if new is None else new.logp
+            with torch.no_grad():
+                ref_logp = self.logp(self.reference, rollout.ref_logp, rollout, rows, steps)
+            return losses.kl_estimate(logp, ref_logp, self.kl)
+        new = new or self.log_probs(self.policy, rollout, rows, steps)
+        with torch.no_grad():
+            ref = self.log_probs(self.reference, rollout, rows, steps)
+        assert new.everything is not None and ref.everything is not None
+        return losses.full_kl(new.everything, ref.everything)
 
     def in_micro_batches(
         self, function: Callable[[Tensor], Tensor], rollout: Rollout, rows: Tensor | None = None
