@@ -1,55 +1,60 @@
-"""The agents' common half: Stable-Baselines3's contract, the learning loop, the budget and the files.
+"""The agents' common half: Stable-Baselines3's contract, the environment, sampling, the learning loop and the budget.
 
-An algorithm subclasses `Agent` and writes `iterate`, one round of sampling and learning; see ``grpo.py``.
+An algorithm subclasses `Agent` and writes `iterate`, one round of sampling and learning; see ``grpo.py``. Beneath it
+stand the weights and their optimiser, ``trainable.py``, and what is saved, ``restorable.py``.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 import time
-import warnings
 from abc import abstractmethod
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3.common import utils
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
-from torch import Tensor
 
-from agents import checkpoint, logs
+from agents import logs
 from agents.common import processes
 from agents.common.checks import require_at_least
 from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
-from agents.progress import SampleProgressBar
 from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs
 from agents.sampling import Decoding, SharedNoise
+from agents.trainable import Trainable
+from agents.trainable import frozen_copy as frozen_copy
 from rewards.serving.pool import RewardPool
 from var_env.tokenizers.base import VisualTokenizer
 from var_env.vector import VARTextVectorEnv
 
-if TYPE_CHECKING:
-    from agents.wrapper import Wrapper
-
 AgentT = TypeVar("AgentT", bound="Agent")
+
+
+class SampleProgressBar(ProgressBarCallback):
+    """The progress bar over environment steps of all rows that an agent samples, forks included."""
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        self._shown = self.model.num_timesteps
+
+    def _on_step(self) -> bool:
+        self.pbar.update(self.model.num_timesteps - self._shown)
+        self._shown = self.model.num_timesteps
+        return True
 
 
 class StopLearning(Exception):
     """A callback ended the training in the middle of a rollout, which is dropped."""
 
 
-class Agent(BaseAlgorithm):
+class Agent(Trainable):
     """An agent that learns on ``VARText-v0`` by sampling groups of pictures.
 
     Args:
@@ -87,9 +92,6 @@ class Agent(BaseAlgorithm):
         ema: the averaged policy, if there is one.
         processes: those that train this agent together, see ``agents/common/processes.py``.
     """
-
-    policy: Policy  # type: ignore[assignment]
-    env: VARTextVectorEnv | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -152,16 +154,7 @@ class Agent(BaseAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        self.policy.eval()  # no dropout of prompts, here or in the reference
-        if self.ema_decay is not None:
-            self.ema = frozen_copy(self.policy)
-        self.lr_schedule = utils.FloatSchedule(self.learning_rate)
-        self.optimizer = torch.optim.AdamW(
-            [weight for weight in self.policy.parameters() if weight.requires_grad],
-            lr=self.lr_schedule(1.0),
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-        )
+        super()._setup_model()
         self.generator = torch.Generator(self.device)
         self.set_random_seed(self.seed)
 
@@ -177,10 +170,6 @@ class Agent(BaseAlgorithm):
         self.generator.manual_seed(self.seed)
 
     @property
-    def n_updates(self) -> int:
-        return self._n_updates
-
-    @property
     def name(self) -> str:
         """For log folders."""
         return type(self).__name__.lower()
@@ -192,16 +181,6 @@ class Agent(BaseAlgorithm):
     def unwrapped(self: AgentT) -> AgentT:
         """This agent; of a wrapper, the agent inside."""
         return self
-
-    @property
-    def wrappers(self) -> list[Wrapper]:
-        """From the inside out."""
-        return []
-
-    @property
-    def best_policy(self) -> Policy:
-        """What to evaluate and to ship: the averaged policy if there is one, else the policy."""
-        return self.policy if self.ema is None else self.ema
 
     @property
     def best_of(self) -> int:
@@ -281,22 +260,6 @@ class Agent(BaseAlgorithm):
         self.callback.on_training_end()
         self.callback = self._init_callback(None)
         return self
-
-    def _shard(self) -> None:
-        """Shard the policies and the optimiser's state, when that is asked for and not done yet."""
-        if not self.processes.shards:
-            return
-        before = [weight for weight in self.policy.parameters() if weight.requires_grad]
-        for policy in (self.policy, self.reference, self.ema):
-            if policy is not None:
-                self.processes.shard(policy)
-        after = [weight for weight in self.policy.parameters() if weight.requires_grad]
-        state = [self.optimizer.state[weight] for weight in before]
-        self.optimizer.param_groups[0]["params"] = after
-        self.optimizer.state = defaultdict(dict)
-        for weight, values in zip(after, state, strict=True):
-            if values:
-                self.optimizer.state[weight] = {k: processes.sharded_like(v, weight) for k, v in values.items()}
 
     def _out_of_memory(self, error: BaseException) -> str:
         return (
@@ -399,58 +362,6 @@ class Agent(BaseAlgorithm):
             self.logger.record(name, value)
         self.logger.dump(self.num_timesteps)
 
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """Around the learning of an iteration: sets the learning rate, and counts and times the update."""
-        start = time.perf_counter()
-        self._update_learning_rate(self.optimizer)
-        yield
-        self._n_updates += 1
-        elapsed = time.perf_counter() - start
-        self.seconds += elapsed
-        self.logger.record("train/n_updates", self.n_updates)
-        self.logger.record("time/update", elapsed)
-
-    def optimizer_step(self, loss: Tensor | None = None) -> float:
-        """Sum the gradient over processes, clip it, take the step, move the average; returns the gradient's norm.
-
-        When the gradient is not finite, or the loss if it is given, the step is skipped: the weights stay, a warning
-        tells, and what is returned is not finite.
-
-        Raises:
-            RuntimeError: more than ``max_skipped`` steps in a row were not finite; the weights are as before them.
-        """
-        self.processes.sum_gradients(self.policy.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        size = processes.whole(norm).item()
-        total = 0.0 if loss is None else self.processes.reduce([loss.item()])[0]
-        if not (math.isfinite(size) and math.isfinite(total)):
-            self._skip("gradient norm" if math.isfinite(total) else "loss", size if math.isfinite(total) else total)
-            return math.nan
-        self._skipped_in_a_row = 0
-        self.optimizer.step()
-        if self.ema is not None:
-            assert self.ema_decay is not None
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), list(self.policy.parameters()), 1 - self.ema_decay)
-        return size
-
-    def _skip(self, name: str, value: float) -> None:
-        """Count a step that would ruin the weights; ``RuntimeError`` when there were too many."""
-        self.optimizer.zero_grad()
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        told = (
-            f"the {name} of update {self.n_updates + 1} is {value}: the step was not applied and the weights are as "
-            "before it"
-        )
-        if self._skipped_in_a_row > self.max_skipped:
-            raise RuntimeError(
-                f"{told}, {self._skipped_in_a_row} in a row; lower learning_rate, raise kl_coef, or load an earlier "
-                "checkpoint"
-            )
-        warnings.warn(f"{told}; training ends when more than {self.max_skipped} in a row are so", stacklevel=3)
-
     # Acting ----------------------------------------------------------------------------------------------------------
 
     def predict(
@@ -468,50 +379,10 @@ class Agent(BaseAlgorithm):
         decoding = Decoding(temperature=0.0, guidance=self.decoding.guidance) if deterministic else self.decoding
         return act(self.policy, observation, decoding), state
 
-    # Files -----------------------------------------------------------------------------------------------------------
-
-    def _excluded_save_params(self) -> list[str]:
-        own = ["reference", "ema", "outermost", "optimizer", "generator", "callback", "lr_schedule"]
-        own += ["_last_obs", "_last_episode_starts", "processes"]
-        return [*super()._excluded_save_params(), *own]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "optimizer", *(name for name in ("reference", "ema") if getattr(self, name) is not None)], []
-
-    def save(
-        self,
-        path: str | Path | BinaryIO,  # type: ignore[override]
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """Write all that a resumed run needs to one zip: settings, counters, generator, optimiser and policies."""
-        checkpoint.write(self, path, {*self._excluded_save_params(), *(exclude or ())} - set(include or ()))
-
-    @classmethod
-    def load(  # type: ignore[override]
-        cls: type[AgentT],
-        path: str | Path | BinaryIO,
-        env: str | gym.Env | gym.vector.VectorEnv | None = None,
-        device: torch.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> AgentT:
-        """Read what `save` wrote, an agent of this class without wrappers; `agents.load` reads any.
-
-        With ``env``, ``learn(..., reset_num_timesteps=False)`` goes on as if uninterrupted. ``kwargs`` replace saved
-        settings, such as ``learning_rate=1e-5``.
-        """
-        return checkpoint.load(path, env, device, custom_objects, cls, **kwargs)
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out. Torch has a class for that on GPUs, and not on CPUs."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def frozen_copy(policy: Policy) -> Policy:
-    """Weights of its own, without gradients; the tokenizer is shared."""
-    return copy.deepcopy(policy, {id(policy.tokenizer): policy.tokenizer}).requires_grad_(False)
 
 
 def same_tokenizer(one: VisualTokenizer, other: VisualTokenizer) -> bool:

@@ -13,9 +13,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
 from agents.base import Agent
+from agents.checkpoints import Checkpoints, updates_of
 from agents.common.files import replacing
 from agents.evaluation import Evaluation, evaluate, held_out_scenes
-from agents.resume import Checkpoints, updates_of
 from agents.sampling import Decoding
 from var_env.scenes import Scene
 
@@ -175,7 +175,7 @@ class BestCheckpoint(HeldOutEval):
 
 
 class CheckpointEvery(AgentCallback):
-    """Writes a checkpoint before the first update, after every n-th and at the end, see ``agents/resume.py``.
+    """Writes a checkpoint before the first update, after every n-th and at the end, see ``agents/checkpoints.py``.
 
     Put it before callbacks that evaluate: a run that goes on then evaluates again what was not logged. At the end means
     whenever ``learn()`` returns, so that with `StopOnSignal` a run that is asked to stop loses nothing. After an error

@@ -16,8 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from agents import Decoding, make
-from agents.checkpoint import load
+from agents import Decoding, load, make
 from agents.policies import load_policy
 from agents.policies.janus import TEMPLATE, JanusPolicy
 from agents.policies.lora import add_lora

@@ -1,7 +1,7 @@
 """Train agents from the same base policy with the same budget and compare them on the same held-out prompts.
 
     vartext compare                                  # less than ten minutes on two cores
-    vartext compare --preset full --out runs/full    # hours: three seeds, a larger budget
+    vartext compare --preset full --out runs/full    # hours: five seeds, a larger budget
     vartext compare --agents                         # lists the agents
     vartext compare --agents grpo vmr+panw+mp stage ppo reinforce rloo
     vartext compare --agents grpo+panw --alpha 0.8 --images 6400 --out runs/panw-alone
@@ -49,10 +49,10 @@ from agents.experiments.run_options import Preset, add_run_options, finish
 
 AGENTS = ("grpo", "vmr", "vmr+panw", "vmr+panw+mp")  # the paper's method, step by step
 PRESETS: dict[str, Preset] = {
-    "quick": Preset(seconds=150.0),
+    "quick": Preset(),
     "full": Preset(images=12_800, test_prompts=512, val_prompts=128, eval_every=25),
 }
-SEEDS = {"quick": [0], "full": [0, 1, 2]}
+SEEDS = {"quick": [0], "full": [0, 1, 2, 3, 4]}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -65,6 +65,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"without names: list what there is (default: {' '.join(AGENTS)})",
     )
     add_plugin_option(parser)
+    parser.add_argument(
+        "--settings",
+        dest="tuned_file",
+        metavar="tuned|common|FILE",
+        help="each agent's own settings as vartext tune found them, or the same for all; options that are given come "
+        "first (default: tuned where that fits the world, else common)",
+    )
     parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="(default: %(default)s)")
     seeds = ", ".join(f"{' '.join(map(str, seeds))} in {name}" for name, seeds in SEEDS.items())
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help=f"one run each (default: {seeds})")
@@ -81,6 +88,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         sys.exit()
     with clear_errors():
         finish(args, PRESETS[args.preset])
+        args.tuned = args.tuned_file
         args.agents = list(dict.fromkeys(args.agents))
         unused = args.method.keys() - {name for agent in args.agents for name in recipes.options_in(agent)}
         if unused:

@@ -17,6 +17,7 @@ from agents.experiments.options import (
     option_of,
     require_at_least_one,
 )
+from agents.experiments.tuned import COMMON
 
 
 def option(default: Any, text: str, rare: bool = False) -> Any:
@@ -27,8 +28,8 @@ def option(default: Any, text: str, rare: bool = False) -> Any:
 class Preset:
     """What all runs have in common. Every field is an option of the command line."""
 
-    images: int = option(3200, "budget of each run in reward calls, one for each picture decoded")
-    seconds: float = option(0.0, "cap on the training time of each run; 0 for none")
+    images: int = option(1600, "budget of each run in reward calls, one for each picture decoded")
+    seconds: float = option(0.0, "cap on the training time of each run, which then is compared with none; 0 for none")
     learning_rate: float = option(5e-5, "AdamW's")
     group_size: int = option(8, "G, pictures for each prompt; prefixes for each in VMR's prefix updates")
     prompts_per_update: int = option(8, "P, so that an update learns from P * G rows")
@@ -77,9 +78,12 @@ def add_run_options(parser: Parser, presets: Mapping[str, Preset]) -> None:
 
 
 def finish(args: argparse.Namespace, preset: Preset) -> None:
-    """Set ``args.settings``, a `Preset` with what was given, and ``args.method``, the other settings of the agents."""
+    """Set ``args.settings``, a `Preset` with what was given, ``args.given``, which fields of it that are, and
+    ``args.method``, the other settings of the agents."""
     given = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(Preset)}
-    args.settings = dataclasses.replace(preset, **{name: value for name, value in given.items() if value is not None})
+    args.given = {name: value for name, value in given.items() if value is not None}
+    args.settings = dataclasses.replace(preset, **args.given)
+    args.tuned = COMMON  # a command that takes --settings says otherwise
     require_at_least_one(save_every=args.save_every)
     check_ray(args)
     args.method = {name: value for name, value in agent_settings(args).items() if name not in given}

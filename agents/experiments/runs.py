@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
@@ -37,7 +38,7 @@ from agents import (
 )
 from agents.callbacks import CheckpointEvery, Interrupt, StopOnSignal
 from agents.common.processes import current
-from agents.experiments import ray_runs, report
+from agents.experiments import ray_runs, report, tuned
 from agents.experiments.agent_options import settings_of
 from agents.experiments.callbacks import CurveEval, ImageBar, budget
 from agents.experiments.cells import BASE, Cell, Outcome, Result
@@ -59,6 +60,8 @@ NOT_COMPARED = ("seconds",)  # settings in which a finished run may differ from 
 class Comparison:
     """The common ground: settings, base policy, environment, held-out prompts and decoding."""
 
+    judged_on = "test"  # the split of the prompts that the results are of
+
     def __init__(self, args: argparse.Namespace) -> None:
         if current().count > 1:
             raise ValueError(
@@ -76,26 +79,33 @@ class Comparison:
             reward=args.reward,
             reward_kwargs=args.reward_kwargs,
         )
-        self.test = held_out_scenes(self.env.world, self.settings.test_prompts, SCENE_SEED, "test")
+        self.test = held_out_scenes(self.env.world, self.settings.test_prompts, SCENE_SEED, self.judged_on)
         self.val = held_out_scenes(self.env.world, self.settings.val_prompts, SCENE_SEED, "val")
         self.decoding = Decoding(temperature=self.settings.eval_temperature)
-        self.config = dataclasses.asdict(self.settings) | {"base_weights": fingerprint(self.base)}
-        if args.reward != "ocr" or args.reward_kwargs:
-            self.config |= {"reward": args.reward, "reward_kwargs": args.reward_kwargs}
-        if args.prompts_from:
-            self.config |= {"prompts_from": args.prompts_from}
+        # All that defines the experiment, what was not given included: runs of one folder have it in common.
+        self.config = dataclasses.asdict(self.settings) | {
+            "base_weights": fingerprint(self.base),
+            "reward": args.reward,
+            "reward_kwargs": args.reward_kwargs,
+            "prompts_from": args.prompts_from,
+        }
         self.method: dict[str, Any] = args.method
+        self.tuned = tuned.load(args.tuned, self.config)
         self.described = self.config | {
             "seeds": args.seeds,
             "policy": str(args.policy or "base"),
-            "device": str(self.base.device),
+            "machine": machine(self.base),
             "versions": versions(),
             "models_of_the_reward": self.env.reward.describe(),
         }
 
     def cell(self, recipe: str, seed: int, **changes: Any) -> Cell:
-        """A run of a recipe, its label, with some of the method's settings changed."""
-        method = settings_of(recipe, self.method | changes)
+        """A run of a recipe, its label, with the settings that it was tuned to and some changed."""
+        own = {name: value for name, value in self.tuned.get(recipe, {}).items() if name not in self.args.given}
+        chosen = own | self.method | changes
+        method = settings_of(recipe, chosen)
+        if "temperature" in chosen:  # the sampler's while training, which is no option of an agent
+            method["temperature"] = chosen["temperature"]
         if method.get("split", "auto") != "auto":
             method["split"] = self.base.schedule.middle_step(method["split"])
         return Cell(recipe, recipe, seed, method)
@@ -103,19 +113,29 @@ class Comparison:
     def finished(self, cell: Cell) -> Result | None:
         """The result of a run that needs no repeating. ``ValueError`` when it was made with other settings."""
         folder = report.run_folder(self.out, cell.label, cell.seed)
-        path = folder / "result.json"
-        if not path.is_file():
-            return None
-        result: Result = json.loads(path.read_text())
-        if not result["finished"]:
-            return None
-        for name, value in json.loads(json.dumps(self.config | cell.method)).items():  # tuples as the file has them
-            if name not in NOT_COMPARED and result["config"].get(name) != value:
+        result: Result | None = None
+        if (folder / "result.json").is_file():
+            result = json.loads((folder / "result.json").read_text())
+            assert result is not None
+            self.require_same(cell, result["config"], folder)
+        elif (folder / "config.json").is_file():  # begun, and perhaps worth hours
+            self.require_same(cell, json.loads((folder / "config.json").read_text()), folder)
+        return result if result is not None and result["finished"] else None
+
+    def asked(self, cell: Cell) -> dict[str, Any]:
+        """All settings of a run, as its files have them."""
+        settings: dict[str, Any] = json.loads(json.dumps(self.config | cell.method))  # tuples become lists
+        return settings
+
+    def require_same(self, cell: Cell, config: dict[str, Any], folder: Path) -> None:
+        """``ValueError`` naming what differs, unless a run was made, or begun, with the settings of ``cell``."""
+        asked = self.asked(cell)
+        for name in sorted(asked.keys() | config.keys()):
+            if name not in NOT_COMPARED and config.get(name, "unset") != asked.get(name, "unset"):
                 raise ValueError(
-                    f"{folder} holds a run with {name}={result['config'].get(name)}, and now it is {value}: "
-                    "choose another --out, or delete that folder"
+                    f"{folder} holds a run with {name}={config.get(name, 'unset')}, and now it is "
+                    f"{asked.get(name, 'unset')}: choose another --out, or delete that folder"
                 )
-        return result
 
     def result(self, cell: Cell, policy: Policy, best_of: int = 1, **more: Any) -> Result:
         """Evaluate a policy on the test prompts, save the pictures and the result, and return it."""
@@ -136,20 +156,12 @@ class Comparison:
 
     def agent(self, cell: Cell) -> Agent | Wrapper:
         """A new agent on a copy of the base policy."""
-        available = recipes.options_in(cell.recipe)
-        common = {name: value for name, value in dataclasses.asdict(self.settings).items() if name in available}
-        return recipes.make(
-            cell.recipe,
-            self.env,
-            copy_of(self.base),
-            **{
-                **common,
-                **cell.method,
-                "decoding": Decoding(temperature=self.settings.temperature),
-                "seed": cell.seed,
-                "device": self.base.device,
-            },
-        )
+        settings = dataclasses.asdict(self.settings) | cell.method
+        decoding = Decoding(temperature=settings["temperature"])
+        available = recipes.options_in(cell.recipe).keys() | cell.method.keys() - {"temperature"}
+        chosen = {name: value for name, value in settings.items() if name in available}
+        own = {"decoding": decoding, "seed": cell.seed, "device": self.base.device}
+        return recipes.make(cell.recipe, self.env, copy_of(self.base), **{**chosen, **own})
 
     def train(self, cell: Cell, interrupt: Interrupt) -> Result | None:
         """One run; ``None`` when it was interrupted before its first update."""
@@ -174,28 +186,34 @@ class Comparison:
             return None
         agent.best_policy.save(folder / "policy.safetensors")
         short = agent.images_decoded < settings.images
-        if cap is not None and agent.seconds >= cap and short:
+        capped = short and cap is not None and agent.seconds >= cap
+        if capped:
             tqdm.write(
                 f"{cell}: stopped at {agent.images_decoded} images, after {cap:.0f} s of training (--seconds)",
                 file=sys.stderr,
             )
         finished = not (short and interrupt.requested)
-        result = self.result(cell, agent.best_policy, agent.best_of, finished=finished, budget=budget(agent))
+        result = self.result(
+            cell,
+            agent.best_policy,
+            agent.best_of,
+            finished=finished,
+            stopped_at=agent.images_decoded if capped or not finished else None,
+            budget=budget(agent),
+        )
         if finished:
             shutil.rmtree(saves.checkpoints.folder)
         return result
 
     def start(self, cell: Cell, folder: Path, checkpoints: Checkpoints) -> tuple[Agent | Wrapper, int | None]:
         """The agent of an earlier attempt at the run, with the step that it has come to, or a new one and ``None``."""
-        asked = json.loads(json.dumps(self.config | cell.method))  # tuples as the file has them
-        file = folder / "config.json"
         checkpoints.tidy()
-        if checkpoints.paths() and file.is_file() and json.loads(file.read_text()) == asked:
+        if checkpoints.paths() and (folder / "config.json").is_file():  # of this run, as `finished` has seen
             agent = checkpoints.load(self.env, self.base.device)
             tqdm.write(f"{cell}: goes on after update {agent.n_updates}", file=sys.stderr)
             return agent, agent.num_timesteps
         shutil.rmtree(folder, ignore_errors=True)
-        write_json(file, asked)
+        write_json(folder / "config.json", self.asked(cell))
         return self.agent(cell), None
 
     def run(self, plan: Sequence[Cell], write: Callable[[Result, list[Result]], str]) -> int:
@@ -227,7 +245,7 @@ class Comparison:
         notice = "finishing this update, then evaluating and writing; once more skips the evaluation"
         with Interrupt(notice) as interrupt:
             try:
-                base = base or self.result(BASE, self.base, finished=True)
+                base = base or self.result(BASE, self.base, finished=True, stopped_at=None)
                 for cell, outcome in train_all(missing(), interrupt):
                     if isinstance(outcome, Exception):
                         failed = True
@@ -263,6 +281,20 @@ def fingerprint(policy: Policy) -> str:
         for name, tensor in module.state_dict().items():
             digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def machine(policy: Policy) -> dict[str, Any]:
+    """What the numbers of a run depend on, and its seconds: device, precision, and of a CPU its units and threads."""
+    with policy.autocast():
+        device = policy.device.type
+        bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    return {
+        "device": str(policy.device),
+        "precision": "bf16 matrix products" if bf16 else "fp32",
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "bf16 units": bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def versions() -> dict[str, str]:
