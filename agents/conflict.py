@@ -36,6 +36,7 @@ from agents.common.checks import require_at_least
 from agents.grpo import GRPO, TokenWeights
 from agents.rollout import Rollout, collect, resized
 from var_env.schedule import ScaleSchedule
+from var_env.seeding import as_seed
 
 if TYPE_CHECKING:
     from agents.wrapper import Wrapper
@@ -188,7 +189,7 @@ class ConflictProbe(AgentCallback):
         super().__init__()
         require_at_least(1, every=every)
         require_at_least(2, prompts=prompts)
-        self.every, self.prompts, self.seed = every, prompts, seed
+        self.every, self.prompts, self.seed = every, prompts, as_seed(seed)
         self.history: list[Conflict] = []
 
     def _on_rollout_start(self) -> None:

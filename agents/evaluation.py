@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from agents.common.checks import require_at_least
+from agents.inner_env import inner_env
 from agents.policies.base import Policy
 from agents.rollout import collect, resized
 from agents.sampling import Decoding
 from rewards import OCRReward
 from rewards.text_metrics import normalized_edit_distance, word_accuracy
 from var_env.scenes import Scene, World
+from var_env.seeding import as_seed
 from var_env.vector import VARTextVectorEnv
 
 
@@ -74,11 +76,11 @@ def evaluate(
             All that is returned is of the picture kept, so that word accuracy and NED tell what the choice is worth.
     """
     require_at_least(1, batch_size=batch_size, best_of=best_of)
-    base = env if isinstance(env, VARTextVectorEnv) else VARTextVectorEnv(1, **env)
+    base = VARTextVectorEnv(1, **env) if isinstance(env, Mapping) else inner_env(env)
     scenes = held_out_scenes(base.world, prompts, seed) if isinstance(prompts, int) else list(prompts)
     if not scenes:
         raise ValueError("evaluate needs at least one prompt")
-    generator = torch.Generator(policy.device).manual_seed(seed)
+    generator = torch.Generator(policy.device).manual_seed(as_seed(seed))
     training = policy.training
     policy.eval()
     rollouts = []

@@ -92,6 +92,8 @@ class GRPO(Agent):
         refresh_reference: updates after which the reference becomes the policy as it then is; 0 for never.
     """
 
+    min_group_size = 2
+
     def __init__(
         self,
         policy: Any,

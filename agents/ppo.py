@@ -39,6 +39,7 @@ from agents.common.registry import register
 from agents.grpo import GRPO
 from agents.policies.base import Policy
 from agents.rollout import Rollout
+from var_env.seeding import as_seed
 
 CRITIC_MINIBATCHES = 4  # of each epoch over a rollout
 
@@ -74,7 +75,7 @@ class Critic(nn.Module):
 
     def __init__(self, width: int, seed: int | None = None) -> None:
         super().__init__()
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator().manual_seed(as_seed(seed))
         self.norm, self.inner, self.outer = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, 1)
         nn.init.orthogonal_(self.inner.weight, gain=2**0.5, generator=generator)
         for weight in (self.inner.bias, self.outer.weight, self.outer.bias):
@@ -110,6 +111,8 @@ class PPO(GRPO):
         advantage_scale: "batch" divides the centred advantages by their standard deviation over all grids of the
             rollout; "none" only centres them.
     """
+
+    min_group_size = 1
 
     def __init__(
         self,

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from agents.common.processes import Processes
+from agents.inner_env import inner_env
 from agents.losses import zero_variance
 from agents.policies.base import Policy
 from agents.sampling import Decoding, SharedNoise, draw
@@ -32,15 +34,13 @@ from var_env.vector import VARTextVectorEnv
 Forks = tuple[tuple[int, int], ...]  # (m, k): before grid m every row became k
 
 
-def make_envs(env: str | gym.Env | gym.vector.VectorEnv, num_envs: int) -> VARTextVectorEnv:
+def make_envs(env: str | gym.Env | gym.vector.VectorEnv | VecEnv, num_envs: int) -> VARTextVectorEnv:
     """``num_envs`` environments in lockstep from an id, a single environment or a batched one.
 
-    An environment of another batch size gives its world, tokenizer and reward to a new one.
+    An environment of another batch size gives its world, tokenizer and reward to a new one. ``ValueError`` for what
+    `inner_env` refuses.
     """
-    made = gym.make_vec(env, num_envs=num_envs) if isinstance(env, str) else env
-    base = made.unwrapped
-    if not isinstance(base, VARTextEnv | VARTextVectorEnv):
-        raise ValueError(f"agents need VARText-v0, as an id, an environment or a batched environment; got {env!r}")
+    base = inner_env(gym.make_vec(env, num_envs=num_envs) if isinstance(env, str) else env)
     if isinstance(base, VARTextVectorEnv) and base.num_envs == num_envs:
         return base
     return resized(base, num_envs)
@@ -456,10 +456,11 @@ def collect_in_parts(
             f"{envs.reward.name!r}}}; the environment has the reward {envs.reward.name!r}"
         )
     envs.reset(seed=seed)
+    asked = envs.scenes  # kept, as a callback may use the environments in between
     drawn: list[Rollout] = []
     deferred: list[Deferred] = []
     for scenes in np.array_split(np.arange(envs.num_envs), min(parts, envs.num_envs)):
-        mine = [envs.scenes[i] for i in scenes]
+        mine = [asked[i] for i in scenes]
         deferred.append(Deferred(envs.reward))
         part = resized(envs, len(mine), deferred[-1])
         drawn.append(collect(policy, part, group_size, decoding, scenes=mine, **more))

@@ -27,6 +27,8 @@ class Trainable(Restorable):
     ema_decay: float | None
     skipped_steps: int
     _skipped_in_a_row: int
+    _steps: int  # of the optimiser in this learn()
+    _steps_that_moved: int
     seconds: float
 
     def _setup_model(self) -> None:
@@ -95,6 +97,8 @@ class Trainable(Restorable):
             self._skip("gradient norm" if math.isfinite(total) else "loss", size if math.isfinite(total) else total)
             return math.nan
         self._skipped_in_a_row = 0
+        self._steps += 1
+        self._steps_that_moved += size > 0 and self.optimizer.param_groups[0]["lr"] > 0
         self.optimizer.step()
         if self.ema is not None:
             assert self.ema_decay is not None

@@ -272,7 +272,8 @@ class TestSimilarityWrappers:
         assert_same(half, {name: gradient / 2 for name, gradient in full.items()}, atol=1e-7, rtol=1e-4)
 
     def test_a_group_of_one_learns_as_without(self, parts):
-        agent = SimilarityAdvantage(SimilarityKL(tiny_agent(parts, group_size=1, kl_coef=0.1)))
+        agent = SimilarityAdvantage(SimilarityKL(tiny_agent(parts, kl_coef=0.1)))
+        agent.unwrapped.group_size = 1  # no constructor takes it
         rollout = replace(agent.sample(), advantages=torch.ones(2))
         assert (agent.token_advantages(rollout, EVERYTHING) == 1).all()
         weights = agent.token_weights(rollout, EVERYTHING)

@@ -14,6 +14,7 @@ import numpy as np
 from var_env import mdp, rendering
 from var_env.scenes import Scene, World
 from var_env.schedule import ScaleSchedule
+from var_env.seeding import as_seed
 from var_env.tokenizers.base import VisualTokenizer
 
 if TYPE_CHECKING:
@@ -117,12 +118,12 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
         """Start an episode with a scene of the world, or the one that the options ask for.
 
         Args:
-            seed: seeds ``np_random``, from which the world draws; without it, the generator goes on.
+            seed: seeds ``np_random``, from which the world draws, 0 to 2**64 - 1; without it, the generator goes on.
             options: ``{"prompt": str}``, words in double quotes, or ``{"scene": Scene}``. Draws no random number.
         """
         scenes = mdp.requested_scenes(options, None, self.world.size, self.world.max_prompt_bytes)
         requested = None if scenes is None else self._start(scenes)
-        super().reset(seed=seed)
+        super().reset(seed=None if seed is None else as_seed(seed))
         self._state = requested or self._start([self.world.sample(self.np_random)])
         return self._observation(self._state), mdp.row_of(mdp.prompt_info(self._state), 0)
 

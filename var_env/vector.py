@@ -17,6 +17,7 @@ from var_env import mdp
 from var_env.env import OPTIONS, RENDER_MODES, EpisodeState, check_clone, check_render_mode, render_row
 from var_env.scenes import Scene, World
 from var_env.schedule import ScaleSchedule
+from var_env.seeding import as_seed
 from var_env.tokenizers.base import VisualTokenizer
 
 if TYPE_CHECKING:
@@ -103,6 +104,11 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
         """The tokenizer's canvas, N rows. Not to be changed in place."""
         return mdp.require(self._state).canvas
 
+    @property
+    def outcome(self) -> Mapping[str, Any] | None:
+        """The info of the last step, one entry a row, once the episodes are over; before, ``None``."""
+        return mdp.require(self._state).outcome
+
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
         """One generator a row, seeded by the system when :meth:`reset` has not done it."""
@@ -154,10 +160,13 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
 
     def _seed(self, seed: int | Sequence[int | None] | None) -> None:
         """Give a new generator to each row that has a seed or no generator yet."""
-        if seed is None or isinstance(seed, int | np.integer):
-            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        if seed is None:
+            seeds: list[int | None] = [None] * self.num_envs
+        elif isinstance(seed, Sequence) or np.ndim(seed):
+            seeds = [None if s is None else as_seed(s, f"seed of row {i}") for i, s in enumerate(seed)]  # type: ignore[arg-type]
         else:
-            seeds = list(seed)
+            first = as_seed(seed)
+            seeds = [first + i for i in range(self.num_envs)]
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed must be one integer or one a row, {self.num_envs}; got {len(seeds)}")
         rows: list[tuple[np.random.Generator, int | None]]

@@ -24,3 +24,13 @@ def require_not_negative(**options: float) -> None:
     for name, value in options.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+
+
+def require_groups(part: type, group_size: int) -> None:
+    """``ValueError`` for groups that are too small for an agent or a wrapper, by its ``min_group_size``."""
+    least = getattr(part, "min_group_size", 1)
+    if group_size < least:
+        raise ValueError(
+            f"{part.__name__} compares the images of a prompt with each other and needs a group_size of at least "
+            f"{least}, got {group_size}: alone, an image teaches nothing. Give more, or an agent without groups, ppo"
+        )

@@ -58,11 +58,14 @@ NOT_COMPARED = ("seconds",)  # settings in which a finished run may differ from 
 
 
 class Comparison:
-    """The common ground: settings, base policy, environment, held-out prompts and decoding."""
+    """The common ground: settings, base policy, environment, held-out prompts and decoding.
 
-    judged_on = "test"  # the split of the prompts that the results are of
+    Args:
+        args: of a parser with `add_run_options`, after `finish`.
+        judged_on: the split of the prompts that the results are of.
+    """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, judged_on: str = "test") -> None:
         if current().count > 1:
             raise ValueError(
                 "a comparison is one process: many runs at a time take --ray, one run on several GPUs `vartext train`"
@@ -79,7 +82,7 @@ class Comparison:
             reward=args.reward,
             reward_kwargs=args.reward_kwargs,
         )
-        self.test = held_out_scenes(self.env.world, self.settings.test_prompts, SCENE_SEED, self.judged_on)
+        self.test = held_out_scenes(self.env.world, self.settings.test_prompts, SCENE_SEED, judged_on)
         self.val = held_out_scenes(self.env.world, self.settings.val_prompts, SCENE_SEED, "val")
         self.decoding = Decoding(temperature=self.settings.eval_temperature)
         # All that defines the experiment, what was not given included: runs of one folder have it in common.

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from agents.policies.base import Policy
+from var_env.seeding import as_seed
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -64,7 +65,7 @@ def add_lora(
             )
     own = {"r": r, "lora_alpha": lora_alpha, "target_modules": targets, **options}
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(as_seed(seed))
         inject_adapter_in_model(LoraConfig(**own), policy)  # freezes what it finds
     for weight in policy.parameters():
         if weight.requires_grad:
