@@ -27,7 +27,7 @@ FLOORS = {  # a module may import its own floor and those above it in this table
         "agents.split_rule",
         "agents.saving.",
     ),
-    "base": ("agents.base", "agents.restorable", "agents.trainable"),
+    "base": ("agents.base", "agents.progress", "agents.restorable", "agents.trainable"),
     "algorithms and wrappers": ("agents.",),
     "by name, to disk, watched": (
         "agents.recipes",
