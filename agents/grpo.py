@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,37 +59,6 @@ class GRPO(Agent):
 
     Args:
         policy, env: and more keywords, as in `Agent`.
-        clip_range: the ratio may move the loss within ``1 +- clip_range``.
-        clip_range_high: the upper end is ``1 + clip_range_high``; DAPO's clip-higher. ``None``: the same.
-        dual_clip: c, above 1: bounds the loss of a negative advantage, see ``losses.clipped_loss``. ``None``: without.
-        kl_coef: weight of the KL to the reference, the policy as it was given; 0 is without.
-        kl: "k1", "k2", "k3" or "full", see ``losses.KL_ESTIMATES`` and ``losses.full_kl``.
-        kl_in: "loss" adds the KL of each token to the loss; "reward" takes the sum over a row's tokens off its score,
-            before advantages are made, as RLHF does; "k1" is the usual estimate there.
-        entropy_coef: weight of the entropy bonus, the policy's entropy at each token in the loss.
-        ratio_level: a name in ``losses.RATIO_LEVELS``: "token", "grid" (GMPO) or "sequence" (GSPO).
-        aggregation: a name in ``losses.AGGREGATIONS``, what the loss is a mean of: "constant" (Dr. GRPO's),
-            "token_mean" (DAPO's), "sequence_mean" (GRPO's) or "step_mean". All rows have the same tokens, so the first
-            three differ only where a mask takes tokens away.
-        advantage_scale: a name in ``losses.ADVANTAGE_SCALES``: "group", "batch" or "none" (Dr. GRPO).
-        advantage_eps: added to the standard deviation.
-        dynamic_sampling: what becomes of groups whose rewards are all equal, which teach nothing. "keep" them under
-            their KL term; "drop" them; "resample" other prompts until the batch is full (DAPO, section 3.2).
-        max_batches: "resample" draws at most so many batches an update. Their pictures all count as budget.
-        support: "model" learns with the model's own log-probabilities; "sampler" renormalises them on the codes that a
-            truncated sampler could draw, frozen at sampling. Pushing down truncated samples otherwise leaks
-            probability to codes that are never shown, so truncated training needs this or a strong KL.
-        epochs: passes over a rollout.
-        minibatches: optimiser steps an epoch.
-        micro_batch: rows in one forward and backward, to fit the memory (gradient accumulation); leaves the update
-            unchanged.
-        logit_chunk: tokens of a picture whose logits exist at a time; leaves the update unchanged, but for rounding.
-            For large vocabularies; not with ``kl="full"`` and ``support="sampler"``. ``None``: all.
-        recompute: gradient checkpointing: the backward pass computes the policy's layers again. Leaves the update
-            unchanged, and takes up to a third longer.
-        target_kl: an update ends before an optimiser step at which the policy's KL from the one that sampled, estimated
-            on the minibatch, is above 1.5 times this (as in Stable-Baselines3). ``None``: never.
-        refresh_reference: updates after which the reference becomes the policy as it then is; 0 for never.
     """
 
     min_group_size = 2
@@ -99,27 +68,87 @@ class GRPO(Agent):
         policy: Any,
         env: Any,
         *,
-        clip_range: float = 0.2,
-        clip_range_high: float | None = None,
-        dual_clip: float | None = None,
-        kl_coef: float = 0.02,
-        kl: str = "k3",
-        kl_in: str = "loss",
-        entropy_coef: float = 0.0,
-        ratio_level: str = "token",
-        aggregation: str = "constant",
-        advantage_scale: str = "group",
-        advantage_eps: float = 1e-4,
-        dynamic_sampling: str = "keep",
-        max_batches: int = 4,
-        support: str = "model",
-        epochs: int = 1,
-        minibatches: int = 1,
-        micro_batch: int | None = None,
-        logit_chunk: int | None = None,
-        recompute: bool = False,
-        target_kl: float | None = None,
-        refresh_reference: int = 0,
+        clip_range: Annotated[float, "the ratio may move the loss within ``1 +- clip_range``."] = 0.2,
+        clip_range_high: Annotated[
+            float | None,
+            "the upper end is ``1 + clip_range_high``; DAPO's clip-higher. ``None``: the same.",
+        ] = None,
+        dual_clip: Annotated[
+            float | None,
+            "c, above 1: bounds the loss of a negative advantage, see ``losses.clipped_loss``. ``None``: without.",
+        ] = None,
+        kl_coef: Annotated[
+            float,
+            "weight of the KL to the reference, the policy as it was given; 0 is without.",
+        ] = 0.02,
+        kl: Annotated[
+            str,
+            '"k1", "k2", "k3" or "full", see ``losses.KL_ESTIMATES`` and ``losses.full_kl``.',
+        ] = "k3",
+        kl_in: Annotated[
+            str,
+            '"loss" adds the KL of each token to the loss; "reward" takes the sum over a row\'s tokens off its '
+            'score, before advantages are made, as RLHF does; "k1" is the usual estimate there.',
+        ] = "loss",
+        entropy_coef: Annotated[
+            float,
+            "weight of the entropy bonus, the policy's entropy at each token in the loss.",
+        ] = 0.0,
+        ratio_level: Annotated[
+            str,
+            'a name in ``losses.RATIO_LEVELS``: "token", "grid" (GMPO) or "sequence" (GSPO).',
+        ] = "token",
+        aggregation: Annotated[
+            str,
+            'a name in ``losses.AGGREGATIONS``, what the loss is a mean of: "constant" (Dr. GRPO\'s), '
+            '"token_mean" (DAPO\'s), "sequence_mean" (GRPO\'s) or "step_mean". All rows have the same tokens, so '
+            "the first three differ only where a mask takes tokens away.",
+        ] = "constant",
+        advantage_scale: Annotated[
+            str,
+            'a name in ``losses.ADVANTAGE_SCALES``: "group", "batch" or "none" (Dr. GRPO).',
+        ] = "group",
+        advantage_eps: Annotated[float, "added to the standard deviation."] = 1e-4,
+        dynamic_sampling: Annotated[
+            str,
+            'what becomes of groups whose rewards are all equal, which teach nothing. "keep" them under their '
+            'KL term; "drop" them; "resample" other prompts until the batch is full (DAPO, section 3.2).',
+        ] = "keep",
+        max_batches: Annotated[
+            int,
+            '"resample" draws at most so many batches an update. Their pictures all count as budget.',
+        ] = 4,
+        support: Annotated[
+            str,
+            '"model" learns with the model\'s own log-probabilities; "sampler" renormalises them on the codes '
+            "that a truncated sampler could draw, frozen at sampling. Pushing down truncated samples otherwise "
+            "leaks probability to codes that are never shown, so truncated training needs this or a strong KL.",
+        ] = "model",
+        epochs: Annotated[int, "passes over a rollout."] = 1,
+        minibatches: Annotated[int, "optimiser steps an epoch."] = 1,
+        micro_batch: Annotated[
+            int | None,
+            "rows in one forward and backward, to fit the memory (gradient accumulation); leaves the update unchanged.",
+        ] = None,
+        logit_chunk: Annotated[
+            int | None,
+            "tokens of a picture whose logits exist at a time; leaves the update unchanged, but for rounding. "
+            'For large vocabularies; not with ``kl="full"`` and ``support="sampler"``. ``None``: all.',
+        ] = None,
+        recompute: Annotated[
+            bool,
+            "gradient checkpointing: the backward pass computes the policy's layers again. Leaves the update "
+            "unchanged, and takes up to a third longer.",
+        ] = False,
+        target_kl: Annotated[
+            float | None,
+            "an update ends before an optimiser step at which the policy's KL from the one that sampled, "
+            "estimated on the minibatch, is above 1.5 times this (as in Stable-Baselines3). ``None``: never.",
+        ] = None,
+        refresh_reference: Annotated[
+            int,
+            "updates after which the reference becomes the policy as it then is; 0 for never.",
+        ] = 0,
         **common: Any,
     ) -> None:
         require_choice((*losses.KL_ESTIMATES, "full"), kl=kl)
