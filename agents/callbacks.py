@@ -117,7 +117,7 @@ class HeldOutEval(AgentCallback):
             agent.best_policy, agent.env, self.scenes, decoding, self.seed, self.batch_size, agent.best_of
         )
         self.history.append((agent.n_updates, result))
-        for name, value in result.means().items():
+        for name, value in (result.means() | result.shares()).items():
             self.logger.record(f"eval/{name}", value)
 
 
