@@ -1,4 +1,4 @@
-"""What is measured beside the reward in training and evaluation: `var_env.attributes` by the shipped table of faults."""
+"""What is measured beside the reward: `var_env.attributes`, by the table of faults of the shipped base policies."""
 
 from __future__ import annotations
 
