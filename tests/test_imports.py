@@ -24,10 +24,11 @@ FLOORS = {  # a module may import its own floor and those above it in this table
         "agents.rollout",
         "agents.logs",
         "agents.evaluation",
+        "agents.inner_env",
         "agents.split_rule",
         "agents.saving.",
     ),
-    "base": ("agents.base", "agents.progress", "agents.restorable", "agents.trainable"),
+    "base": ("agents.base", "agents.progress", "agents.restorable", "agents.step_locals", "agents.trainable"),
     "algorithms and wrappers": ("agents.",),
     "by name, to disk, watched": (
         "agents.recipes",
