@@ -25,7 +25,7 @@ from var_env.vector import VARTextVectorEnv
 class Evaluation:
     """One picture for each of N prompts; every array is ``(N,)``, in the prompts' order.
 
-    Words are those that the reward read, or PP-OCR where the reward reads none.
+    Words are those that the reward read; where the reward does not read, those that PP-OCR did.
     """
 
     scenes: list[Scene]
@@ -93,7 +93,7 @@ def evaluate(
     policy.train(training)
     images = np.concatenate([rollout.images for rollout in rollouts])
     words_read = [words for rollout in rollouts for words in rollout.words_read]
-    if not any(words_read):  # a reward that does not read, as far as one can tell: word accuracy and NED need a reader
+    if not all(rollout.reads for rollout in rollouts):  # word accuracy and NED need a reader
         words_read = OCRReward()(images, scenes).words
     pairs = [(scene.words, read) for scene, read in zip(scenes, words_read, strict=True)]
     return Evaluation(

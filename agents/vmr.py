@@ -180,11 +180,11 @@ class VMR(GRPO):
     def while_scored(self, rollout: Rollout) -> Rollout:
         everything, k = range(len(self.policy.schedule)), self.suffix_samples
         if self.stage == "suffix":
-            return self.look_ahead(rollout, everything[self.m :])
+            return self.fill(rollout, everything[self.m :])
         prefixes = rollout.merge(self.policy, k, self.m, lambda returns: returns[..., 0])  # scores are still to come
-        rows = torch.arange(len(prefixes.scenes), device=self.device).repeat_interleave(k)
-        found = self.look_ahead(prefixes, everything[: self.m]).ahead
-        return replace(rollout, ahead=tuple(part.rows(rows) for part in found))  # until `collect` merges the rows
+        prefixes = self.fill(prefixes, everything[: self.m])
+        found = {name: values.repeat_interleave(k, 0) for name, values in prefixes.before_update().items()}
+        return replace(rollout, **found, version=prefixes.version)  # until `collect` merges the rows
 
     @torch.no_grad()
     def suffix_kl(self, pictures: Rollout, m: int) -> Tensor:

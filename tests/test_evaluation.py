@@ -3,12 +3,15 @@ import pytest
 import torch
 from tiny import tiny_envs, tiny_policy
 
+from agents import evaluation
 from agents.common.pictures import caption, sample_sheet
 from agents.evaluation import bootstrap_interval, evaluate, held_out_scenes
 from agents.policies.var_text import VARTextPolicy
 from agents.rollout import collect
 from agents.sampling import Decoding
 from rewards.base import Reward, RewardOutput
+from rewards.combine import Combined
+from rewards.pool import RewardPool
 from rewards.text_metrics import normalized_edit_distance
 from var_env import World
 from var_env.scenes import scene_from_prompt, split_of
@@ -149,6 +152,29 @@ class TestPictures:
     def test_captions_must_match(self):
         with pytest.raises(ValueError, match="one caption a picture"):
             sample_sheet(np.zeros((2, 8, 8, 3), np.uint8), ["a"])
+
+
+def test_who_reads_and_finds_nothing_is_not_asked_again(policy, parts, monkeypatch):
+    """Neither by PP-OCR nor through a pool; a reward of regions alone does not read words."""
+
+    class Blind(Reward):
+        name = "blind"
+
+        def score(self, images, scenes):
+            return RewardOutput(images.mean((1, 2, 3)) / 255, words=[[] for _ in images])
+
+    class Finds(Blind):
+        def score(self, images, scenes):
+            return RewardOutput(images.mean((1, 2, 3)) / 255, regions=[np.zeros((1, 4), np.float32)] * len(images))
+
+    asked = []
+    monkeypatch.setattr(evaluation, "OCRReward", lambda: lambda *given: asked.append(len(given[0])) or Blind()(*given))
+    both = Combined({"finds": Finds(), "blind": Blind()}, {"finds": 1.0, "blind": 1.0})
+    for reward in (Blind(), RewardPool(Blind(), mode="thread"), both):
+        result = evaluate(policy, parts | {"reward": reward}, 3)
+        assert result.words_read == [[], [], []] and result.nothing_read.tolist() == [1, 1, 1] and not asked
+    evaluate(policy, parts | {"reward": RewardPool(Finds(), mode="thread")}, 3)
+    assert asked == [3]
 
 
 def test_a_reward_that_does_not_read_is_read_beside():

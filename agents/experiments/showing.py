@@ -91,10 +91,12 @@ def run(args: argparse.Namespace) -> int:
         caches = Caches(policy, policy.encode_prompts([scene.prompt]), decoding.guided)
     generator = torch.Generator(policy.device).manual_seed(seed)
     show = Show(args.columns, args.delay, args.quiet)
-    info = unroll(policy, envs, caches, range(len(envs.schedule)), decoding, generator, on_step=show).info
-    read = " ".join(f'"{word}"' for word in info["words_read"][0]) or "nothing"
-    parts = ", ".join(f"{name} {values[0]:.2f}" for name, values in info["parts"].items())
-    print(f"OCR read {read}: score {info['score'][0]:+.3f} ({parts})")
+    trail = unroll(policy, envs, caches, range(len(envs.schedule)), decoding, generator, on_step=show)
+    assert trail.answer is not None  # all grids were drawn
+    found = trail.answer.result()
+    read = " ".join(f'"{word}"' for word in found.words[0]) or "nothing"
+    parts = ", ".join(f"{name} {values[0]:.2f}" for name, values in found.parts.items())
+    print(f"OCR read {read}: score {found.scores[0]:+.3f} ({parts})")
     if args.png:
         save_png(args.png, show, envs)
     if args.gif:
