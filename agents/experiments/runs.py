@@ -222,12 +222,14 @@ class Comparison:
     def start(self, cell: Cell, folder: Path, checkpoints: Checkpoints) -> tuple[Agent | Wrapper, int | None]:
         """The agent of an earlier attempt at the run, with the images that it has seen, or a new one and ``None``."""
         checkpoints.tidy()
-        if checkpoints.paths() and (folder / "config.json").is_file():  # of this run, as `finished` has seen
+        config = folder / "config.json"
+        if checkpoints.paths() and config.is_file():
+            self.require_same(cell, json.loads(config.read_text()), folder)
             agent = checkpoints.load(self.env, self.base.device)
             tqdm.write(f"{cell}: goes on after update {agent.n_updates}", file=sys.stderr)
             return agent, agent.images_decoded
         shutil.rmtree(folder, ignore_errors=True)
-        write_json(folder / "config.json", self.asked(cell))
+        write_json(config, self.asked(cell))
         return self.agent(cell), None
 
     def run(self, plan: Sequence[Cell], write: Callable[[Result, list[Result]], str]) -> int:
