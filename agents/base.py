@@ -30,7 +30,7 @@ from agents import checkpoint, logs, processes
 from agents.callbacks import SampleProgressBar
 from agents.policies import load_policy
 from agents.policies.base import Policy
-from agents.policies.lora import add_lora
+from agents.policies.lora import add_lora, lora_options
 from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs
 from agents.sampling import Decoding, SharedNoise
 from rewards.pool import RewardPool
@@ -123,6 +123,7 @@ class Agent(BaseAlgorithm):
         )
         require_at_least(1, group_size=group_size, prompts_per_update=prompts_per_update, overlap=overlap)
         require_at_least(0, max_skipped=max_skipped)
+        require_seed(seed, 32)
         if not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
         if ema_decay is not None and not 0 <= ema_decay < 1:
@@ -132,7 +133,7 @@ class Agent(BaseAlgorithm):
         self.policy = policy if self.processes.shards else policy.to(self.device)
         self.policy.tokenizer.to(self.device)
         if lora is not None and _init_setup_model:  # one from a checkpoint has its adapters
-            add_lora(self.policy, seed=seed or 0, **lora)
+            add_lora(self.policy, **{"seed": seed or 0, **lora_options(lora)})
         self.reference: Policy | None = None
         self.ema: Policy | None = None
         self.max_grad_norm, self.max_skipped, self.ema_decay = max_grad_norm, max_skipped, ema_decay
@@ -164,7 +165,11 @@ class Agent(BaseAlgorithm):
         self.set_random_seed(self.seed)
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """Seed the sampler, the prompts to come, and Python's, numpy's and torch's own generators."""
+        """Seed the sampler, the prompts to come, and Python's, numpy's and torch's own generators.
+
+        ``ValueError`` for a seed outside of 0 to 2**32 - 1, which is all that numpy's takes.
+        """
+        require_seed(seed, 32)
         if seed is None:
             drawn = int(np.random.SeedSequence().generate_state(1)[0])  # saved, so that a resumed run goes on
             self.seed = self.processes.broadcast(drawn)
@@ -533,3 +538,10 @@ def require_at_least(least: int, **options: int) -> None:
     for name, value in options.items():
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def require_seed(seed: Any, bits: int = 64) -> None:
+    """``ValueError`` unless the seed is ``None`` or a whole number, Python's or numpy's, that fits into so many bits."""
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if seed is not None and not (whole and 0 <= seed < 2**bits):
+        raise ValueError(f"seed must be a whole number of 0 to 2**{bits} - 1, got {seed!r}")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from agents.files import replacing
 from agents.processes import whole_state
+from rewards.reason import reason
 
 if TYPE_CHECKING:
     from agents.base import Agent
@@ -136,6 +137,11 @@ def _unpack(
     path: str | Path | BinaryIO, device: torch.device | str, custom_objects: dict[str, Any] | None
 ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """The settings, the states of the optimiser and the like, and the modules of a checkpoint."""
+    if isinstance(path, str | Path) and Path(path).is_dir():
+        raise ValueError(
+            f"{path} is a folder, and agents.load reads a .zip that save() wrote: for the folder of a run's checkpoints "
+            "use agents.Checkpoints(FOLDER).load(), for one checkpoint agents.resume.load(FOLDER)"
+        )
     file = open_path(path, "r", suffix="zip")  # type: ignore[arg-type]
     try:
         content = io.BytesIO(file.read())
@@ -151,7 +157,7 @@ def _unpack(
                 modules[name] = data["policy_class"].load(files[name], tokenizer=modules["tokenizer"])
             return data, params, modules
     except (AssertionError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged or was not written by an agent's save(): {error}") from error
+        raise ValueError(f"{path} is damaged or was not written by an agent's save(): {reason(error)}") from error
     finally:
         if isinstance(path, str | Path):
             file.close()

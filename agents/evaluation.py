@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.base import require_at_least
+from agents.base import require_at_least, require_seed
 from agents.policies.base import Policy
 from agents.rollout import collect, resized
 from agents.sampling import Decoding
 from rewards import OCRReward
 from rewards.text_metrics import normalized_edit_distance, word_accuracy
-from var_env.scenes import Scene, World
+from var_env.scenes import Scene, World, drawn
 from var_env.vector import VARTextVectorEnv
 
 
@@ -49,9 +49,11 @@ class Evaluation:
 def held_out_scenes(world: World, count: int, seed: int = 0, split: str = "test") -> list[Scene]:
     """``count`` scenes like ``world``'s but of another split; the first ones are the same whatever the count.
 
-    A world of prompt files gives each of its prompts once, and all when there are fewer than ``count``.
+    A world of prompt files gives each of its prompts once, and all when there are fewer than ``count``. An object of
+    one's own that has no ``held_out`` knows no splits: these are scenes of its ``sample``, drawn from the seed.
     """
-    return world.held_out(count, seed, split)
+    held_out = getattr(world, "held_out", None)
+    return drawn(world, count, seed) if held_out is None else held_out(count, seed, split)
 
 
 def evaluate(
@@ -74,6 +76,7 @@ def evaluate(
             All that is returned is of the picture kept, so that word accuracy and NED tell what the choice is worth.
     """
     require_at_least(1, batch_size=batch_size, best_of=best_of)
+    require_seed(seed)
     base = env if isinstance(env, VARTextVectorEnv) else VARTextVectorEnv(1, **env)
     scenes = held_out_scenes(base.world, prompts, seed) if isinstance(prompts, int) else list(prompts)
     if not scenes:

@@ -37,6 +37,7 @@ from agents.policies.base import Policy
 from agents.sampling import Decoding
 from agents.wrapper import Wrapper
 from rewards import REWARDS
+from rewards.reason import reason
 from var_env import VARTextVectorEnv
 from var_env.prompts import PromptWorld
 from var_env.scenes import TARGET_REGIONS
@@ -278,7 +279,7 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {reason(error)}")
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------

@@ -253,13 +253,14 @@ def components(
     prompts: str | Path | None = None,
 ) -> tuple[World, VisualTokenizer, Reward]:
     """The world, the tokenizer and the reward that an environment's arguments name; objects are taken as they are."""
-    if world is None:
-        if prompts is None:
-            world = World(size=size, split=split, regions=regions)
-        else:
-            world = PromptWorld(prompts, size=size, split=split, regions=regions)
-    elif prompts is not None:
+    if world is not None and prompts is not None:
         raise ValueError(f"give world or prompts, not both: got {world!r} and {prompts!r}")
+    if world is not None:
+        check_world(world)
+    elif prompts is None:
+        world = World(size=size, split=split, regions=regions)
+    else:
+        world = PromptWorld(prompts, size=size, split=split, regions=regions)
     if tokenizer is None or isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer.image_size != world.size:
@@ -274,6 +275,16 @@ def components(
     if not callable(reward) or reward_kwargs:
         raise ValueError(f"reward must be a name (with reward_kwargs) or a Reward (without), got {reward!r}")
     return world, tokenizer, reward
+
+
+def check_world(world: Any) -> None:
+    """``ValueError`` naming what an object lacks that environments ask of a world."""
+    wanted = {"size": "pixels", "max_prompt_bytes": "bytes of the longest prompt", "sample": "sample(rng) -> Scene"}
+    for name, meaning in wanted.items():
+        value = getattr(world, name, None)
+        right = callable(value) if name == "sample" else isinstance(value, int | np.integer)
+        if isinstance(world, type) or not right:
+            raise ValueError(f"a world needs {', '.join(wanted)}; {world!r} has no {name} ({meaning})")
 
 
 def requested_scenes(

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rewards.reason import reason
+
 ClassT = TypeVar("ClassT", bound=type)
 
 
@@ -30,7 +32,30 @@ def save_module(module: nn.Module, path: str | Path, half: bool = False) -> None
     if half:
         weights = {name: w.bfloat16() if w.is_floating_point() else w for name, w in weights.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, weights, {"class": type(module).__name__, "config": json.dumps(module.config)})
+    metadata = {"class": type(module).__name__, "config": json.dumps(module.config)}
+    tokenizer = getattr(module, "tokenizer", None)
+    if tokenizer is not None:  # of a policy, which can be read onto its own kind of tokenizer alone
+        metadata["tokenizer"] = json.dumps(described(tokenizer))
+    write_tensors(path, weights, metadata)
+
+
+def described(tokenizer: Any) -> dict[str, Any]:
+    """The class and the form of a tokenizer, which a policy's weights belong to, as JSON has it."""
+    grids = [list(grid) for grid in tokenizer.schedule.grids]
+    form = {"grids": grids, "vocab_size": tokenizer.vocab_size, "depth": tokenizer.depth}
+    return {"class": type(tokenizer).__name__, **form}
+
+
+def check_tokenizer(path: str | Path, tokenizer: Any, maker: str) -> None:
+    """``ValueError`` when the policy in a file says that it belongs to another tokenizer."""
+    written = json.loads(read_metadata(path, maker).get("tokenizer", "null"))
+    if written is not None and written != (given := described(tokenizer)):
+        name = next(name for name, value in written.items() if given[name] != value)
+        raise ValueError(
+            f"{path} is a policy of a {written['class']} with {name} {written[name]!s:.80}, and the tokenizer given is a "
+            f"{given['class']} with {name} {given[name]!s:.80}: give the tokenizer that it was trained on, with "
+            "--tokenizer FILE or load_policy(FILE, tokenizer)"
+        )
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -60,6 +85,9 @@ def load_config_and_weights(path: str | Path, maker: str) -> tuple[dict, dict[st
 
 def read_metadata(path: str | Path, maker: str) -> dict[str, str]:
     """The metadata of a safetensors file, with the errors of `load_config_and_weights`."""
+    if Path(path).is_dir():
+        files = ", ".join(sorted(file.name for file in Path(path).glob("*.safetensors"))) or "none"
+        raise FileNotFoundError(f"{path} is a folder: give one .safetensors file; it has {files}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}: give the path of a .safetensors file, or make one with {maker}")
     try:
@@ -74,7 +102,15 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Pa
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {source} do not fit their own configuration: {error}") from error
+        wrong = [line.strip() for line in str(error).splitlines()[1:]] or [reason(error)]
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        tokenizer = getattr(module, "tokenizer", None)
+        owner = "their own configuration"
+        if tokenizer is not None:
+            owner += (
+                f" on this {type(tokenizer).__name__}: give the tokenizer that they were trained on, --tokenizer FILE"
+            )
+        raise ValueError(f"the weights in {source} do not fit {owner}: {wrong[0]}{more}") from error
 
 
 def saved_class(path: str | Path, base: ClassT, homes: Mapping[str, str], maker: str) -> ClassT:
@@ -87,7 +123,11 @@ def saved_class(path: str | Path, base: ClassT, homes: Mapping[str, str], maker:
     Raises:
         FileNotFoundError, ValueError: as `load_config_and_weights`; the class is not known.
     """
-    name: Any = read_metadata(path, maker).get("class", next(iter(homes)))
+    metadata = read_metadata(path, maker)
+    name: Any = metadata.get("class", next(iter(homes)))
+    kind, wanted = kind_of(metadata), "tokenizer" if base.__name__.endswith("Tokenizer") else "policy"
+    if kind != wanted:
+        raise ValueError(f"{path} holds a {kind} and no {wanted}: give it as --{kind}, and a {wanted} as --{wanted}")
     if name in homes:
         return getattr(importlib.import_module(homes[name]), name)
     for known in _family(base):
@@ -97,6 +137,13 @@ def saved_class(path: str | Path, base: ClassT, homes: Mapping[str, str], maker:
         f"{path} holds a {name}, which is not known here: import the module that defines it (--plugin FILE does), or "
         f"give a file of {', '.join(homes)}"
     )
+
+
+def kind_of(metadata: Mapping[str, str]) -> str:
+    """What a file holds, ``"policy"`` or ``"tokenizer"``, by its class, or without one by its configuration."""
+    if "class" in metadata:
+        return "tokenizer" if metadata["class"].endswith("Tokenizer") else "policy"
+    return "tokenizer" if "grids" in json.loads(metadata.get("config", "{}")) else "policy"
 
 
 def _family(base: type) -> Iterator[type]:
