@@ -31,9 +31,12 @@ from agents.callbacks import SampleProgressBar
 from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora, lora_options
-from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs
+from agents.policies.var_text import VARTextPolicy
+from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs, prompts_of
 from agents.sampling import Decoding, SharedNoise
 from rewards.pool import RewardPool
+from var_env.scenes import CELL_HEIGHT, World
+from var_env.unfamiliar import warn_of_prompt
 from var_env.vector import VARTextVectorEnv
 from var_env.visual_tokenizer import VisualTokenizer
 
@@ -466,10 +469,24 @@ class Agent(BaseAlgorithm):
         """The next grid on the canvas, ``(H, W)`` for one observation and ``(N, H, W)`` for a batch.
 
         Decodes as in training, or takes the likeliest codes. Draws from torch's global generator, so predicting does
-        not change a training run. Nothing is remembered between calls, and ``state`` comes back as it is.
+        not change a training run. Nothing is remembered between calls, and ``state`` comes back as it is. A prompt
+        unlike those of the world is warned of once, see ``var_env/unfamiliar.py``.
         """
+        self._warn_of_prompts(observation)
         decoding = Decoding(temperature=0.0, guidance=self.decoding.guidance) if deterministic else self.decoding
         return act(self.policy, observation, decoding), state
+
+    def _warn_of_prompts(self, observation: Mapping[str, Any]) -> None:
+        """Warn of prompts unlike those of the world that the agent learns in, or else of the shipped one, once each."""
+        size = self.policy.tokenizer.image_size
+        if self.env is not None:
+            world = self.env.world
+        elif isinstance(self.policy, VARTextPolicy) and size >= 2 * CELL_HEIGHT:
+            world = World(size)
+        else:
+            return
+        for prompt in prompts_of(observation, scale=0):
+            warn_of_prompt(prompt, world)
 
     # Files -----------------------------------------------------------------------------------------------------------
 
@@ -541,7 +558,7 @@ def require_at_least(least: int, **options: int) -> None:
 
 
 def require_seed(seed: Any, bits: int = 64) -> None:
-    """``ValueError`` unless the seed is ``None`` or a whole number, Python's or numpy's, that fits into so many bits."""
+    """``ValueError`` unless the seed is ``None`` or a whole number, Python's or numpy's, of so many bits."""
     whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
     if seed is not None and not (whole and 0 <= seed < 2**bits):
         raise ValueError(f"seed must be a whole number of 0 to 2**{bits} - 1, got {seed!r}")

@@ -139,8 +139,8 @@ def _unpack(
     """The settings, the states of the optimiser and the like, and the modules of a checkpoint."""
     if isinstance(path, str | Path) and Path(path).is_dir():
         raise ValueError(
-            f"{path} is a folder, and agents.load reads a .zip that save() wrote: for the folder of a run's checkpoints "
-            "use agents.Checkpoints(FOLDER).load(), for one checkpoint agents.resume.load(FOLDER)"
+            f"{path} is a folder, and agents.load reads a .zip that save() wrote: a run's folder of checkpoints is for "
+            "agents.Checkpoints(FOLDER).load(), and one checkpoint for agents.resume.load(FOLDER)"
         )
     file = open_path(path, "r", suffix="zip")  # type: ignore[arg-type]
     try:

@@ -1,7 +1,7 @@
 """Watch a picture grow scale by scale: in the terminal, as a PNG strip, or as an animated GIF.
 
     python examples/play.py                                                   # a held-out prompt, at random
-    python examples/play.py 'A navy sign that says "HELLO" in yellow letters'
+    python examples/play.py 'A navy sign that says "KITE" above "RUN" in white letters'
     python examples/play.py --seed 3 --png runs/play.png --gif runs/play.gif --quiet
     python examples/play.py --policy runs/compare-quick/grpo/seed0/policy.safetensors --temperature 0.7
 
@@ -31,10 +31,12 @@ from common import (
 from PIL import Image
 
 from agents import Decoding, held_out_scenes
+from agents.base import require_seed
 from agents.pictures import sample_sheet
 from agents.rollout import Caches, unroll
 from var_env import VARTextVectorEnv
 from var_env.scenes import scene_from_prompt
+from var_env.unfamiliar import warn_of_prompt
 
 HOLD = 3  # the last picture of a GIF stays this many times as long
 
@@ -112,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     seed = args.seed if args.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
     with clear_errors():
+        require_seed(seed)
         policy = load_policy(args)
         envs = make_env(policy, render_mode="rgb_array")
         scene = (
@@ -119,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.prompt is not None
             else held_out_scenes(envs.world, 1, seed)[0]
         )
+        if args.prompt is not None:
+            warn_of_prompt(args.prompt, envs.world)
         decoding = decoding_from(args, Decoding())
     print(f"{scene.prompt}   (--seed {seed})")
     envs.reset(options={"scenes": [scene]})

@@ -48,7 +48,7 @@ from common import (
 )
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents import Agent, Decoding, StopAfter, Wrapper, registry
+from agents import Agent, Decoding, StopAfter, Wrapper, held_out_scenes, registry
 from agents.callbacks import BestCheckpoint, CheckpointEvery, Interrupt, StopOnSignal
 from agents.logs import open_logger
 from agents.resume import Checkpoints
@@ -133,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = CurveAndBest(args.out / "best.safetensors", every=args.eval_every, prompts=args.eval_prompts)
         if args.resume:
             evaluation.go_on()
+        held_out_scenes(
+            agent.unwrapped.env.world, args.eval_prompts, split=evaluation.split
+        )  # a list may be too small for one
         agent.processes.barrier()  # all have looked whether there is a run in --out
     steps = agent.timesteps(args.images) - agent.num_timesteps
     if agent.images_decoded >= args.images or steps <= 0:

@@ -21,6 +21,7 @@ from torch import Tensor
 from var_env.prompts import PromptWorld
 from var_env.scenes import MAX_PROMPT_BYTES, Scene, World, encode_prompt, scene_from_prompt
 from var_env.tokenizer import load_tokenizer
+from var_env.unfamiliar import warn_of_prompt
 from var_env.visual_tokenizer import VisualTokenizer
 
 if TYPE_CHECKING:
@@ -288,13 +289,18 @@ def check_world(world: Any) -> None:
 
 
 def requested_scenes(
-    options: Mapping[str, Any] | None, batch: int | None, size: int, limit: int = MAX_PROMPT_BYTES
+    options: Mapping[str, Any] | None,
+    batch: int | None,
+    size: int,
+    limit: int = MAX_PROMPT_BYTES,
+    world: Any = None,
 ) -> list[Scene] | None:
     """The scenes that the options of a reset ask for, or ``None`` when the world is to draw them.
 
     Args:
         options: ``{"prompt": str}`` or ``{"scene": Scene}``; with ``batch``, ``{"prompts": [...]}`` or
             ``{"scenes": [...]}``, one entry a row.
+        world: warns of prompts that are unlike its own, see ``unfamiliar.py``.
 
     Raises:
         ValueError: an unknown option, both at once, entries of another type or number, a prompt without quoted words.
@@ -316,7 +322,12 @@ def requested_scenes(
         raise ValueError(f"the reset option {name!r} takes {wanted.__name__}, got {wrong[0]!r}")
     if len(values) != (batch or 1):
         raise ValueError(f"the reset option {name!r} needs one entry a row, {batch}; got {len(values)}")
-    return [scene_from_prompt(entry, size, limit) for entry in values] if name == prompt_key else values
+    if name == scene_key:
+        return values
+    scenes = [scene_from_prompt(entry, size, limit) for entry in values]
+    for entry in values:
+        warn_of_prompt(entry, world)
+    return scenes
 
 
 def reject(owner: str, unknown: Mapping[str, Any], known: Collection[str]) -> None:
