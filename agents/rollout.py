@@ -492,7 +492,7 @@ def act(policy: Policy, observation: dict[str, Any], decoding: Decoding) -> np.n
 
 
 def prompts_of(observation: Mapping[str, Any], scale: int | None = None) -> list[str]:
-    """The prompts of one observation or a batch, arrays or tensors; with ``scale``, of the rows that await that grid."""
+    """The prompts of one observation or a batch, arrays or tensors; with ``scale``, of rows that await that grid."""
     prompts = torch.atleast_2d(torch.as_tensor(observation["prompt"])).cpu().numpy()  # (N, bytes)
     scales = torch.as_tensor(observation["scale"]).flatten().tolist()  # N
     rows = [row for row, t in zip(prompts, scales, strict=True) if scale is None or t == scale]
