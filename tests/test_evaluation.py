@@ -13,7 +13,7 @@ from agents.rollout import collect
 from agents.sampling import Decoding
 from rewards.base import Reward, RewardOutput
 from rewards.text_metrics import normalized_edit_distance
-from var_env import World
+from var_env import VARTextVectorEnv, World
 from var_env.scenes import scene_from_prompt, split_of
 
 
@@ -190,7 +190,7 @@ def test_a_plain_object_is_a_world(parts):
 
 @pytest.mark.parametrize("world", [PlainWorld, object(), SimpleNamespace(size=64, max_prompt_bytes="x")])
 def test_no_world(parts, world):
-    with pytest.raises(ValueError, match="a world needs size, max_prompt_bytes, sample; .* has no"):
+    with pytest.raises(ValueError, match=r"a world needs size, max_prompt_bytes, sample; .* has no"):
         VARTextVectorEnv(2, world=world, **parts)
 
 

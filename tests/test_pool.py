@@ -148,16 +148,16 @@ class Mute(Toy):
 
 def test_what_cannot_come_back_is_an_error_and_no_dead_worker():
     with RewardPool(Mute(), workers=1) as mute:
-        with pytest.raises(pickle.PicklingError, match="what the reward returned cannot be sent .*lambda"):
+        with pytest.raises(pickle.PicklingError, match=r"what the reward returned cannot be sent .*lambda"):
             mute(*batch(1, "LOCAL"))
         assert mute.restarts == 0
 
 
 @pytest.mark.parametrize("mode", ["thread", "process"])
 def test_no_error_is_mute(mode):
-    with RewardPool(Mute(), workers=1, mode=mode) as mute:
-        with pytest.raises(RuntimeError, match=r"reward 'toy' failed: AssertionError in score, .*test_pool.py:\d+"):
-            mute(*batch(1))
+    said = pytest.raises(RuntimeError, match=r"reward 'toy' failed: AssertionError in score, .*test_pool.py:\d+")
+    with RewardPool(Mute(), workers=1, mode=mode) as mute, said:
+        mute(*batch(1))
 
 
 def test_a_reward_that_workers_cannot_import():
@@ -174,7 +174,7 @@ def test_a_reward_that_workers_cannot_import():
 def test_no_processes_in_a_daemon(monkeypatch):
     """Such as a worker of Gymnasium's AsyncVectorEnv; Python itself says so with an AssertionError."""
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
-    with pytest.raises(CannotStart, match="daemon process, .*AsyncVectorEnv: give the pool mode='thread'"):
+    with pytest.raises(CannotStart, match=r"daemon process, .*AsyncVectorEnv: give the pool mode='thread'"):
         RewardPool(Toy(), workers=1)(*batch(1))
 
 

@@ -27,16 +27,15 @@ def unseen():
     ],
 )
 def test_warned_of_once(parts, prompt, message):
-    for make, options in (
-        (VARTextEnv, {"prompt": prompt}),
-        (lambda **o: VARTextVectorEnv(2, **o), {"prompts": [prompt] * 2}),
-    ):
+    singles = VARTextEnv(**parts), {"prompt": prompt}
+    for env, options in (singles, (VARTextVectorEnv(2, **parts), {"prompts": [prompt] * 2})):
         _warn.cache_clear()
-        env = make(**parts)
         with pytest.warns(PromptWarning, match=message) as caught:
             env.reset(options=options)
-            env.reset(options=options)
         assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            env.reset(options=options)
 
 
 def test_the_worlds_own_are_familiar():

@@ -24,7 +24,7 @@ def test_a_policy_and_a_tokenizer_mixed_up(tokenizer, tmp_path):
         with pytest.raises(ValueError, match="holds a policy and no tokenizer: give it as --policy"):
             load_tokenizer(path)
     for load in (load_policy, load_tokenizer):
-        with pytest.raises(FileNotFoundError, match="is a folder: give one .* it has p.safetensors, t.safetensors"):
+        with pytest.raises(FileNotFoundError, match=r"is a folder: give one .* it has p.safetensors, t.safetensors"):
             load(tmp_path)
     with pytest.raises(ValueError, match=r"is a folder, .*Checkpoints\(FOLDER\)"):
         agents.load(tmp_path)
@@ -36,7 +36,7 @@ def test_a_policy_says_which_tokenizer_it_belongs_to(tokenizer, tmp_path):
     other = Tokenizer(ScaleSchedule([(1, 1), (4, 4)], patch=16), vocab_size=32, channels=4, width=8, blocks=1)
     with pytest.raises(ValueError, match=r"belongs to a Tokenizer with grids \[\[1, 1\], \[2, 2\].*--tokenizer FILE"):
         load_policy(tmp_path / "p.safetensors", other)
-    with pytest.raises(ValueError, match=r"vocab_size 32, and the tokenizer given .* 512|grids"):
+    with pytest.raises(ValueError, match=r"vocab_size 32, and the one given .* 512|grids"):
         load_policy(tmp_path / "p.safetensors")
 
 
@@ -51,8 +51,8 @@ def test_raster_weights_without_their_tokenizer():
     [
         (8, "lora must be a dict of options"),
         ("{r: 8}", "lora must be a dict of options"),
-        ({"r": "x"}, "r must be a whole number of at least 1, got 'x'"),
-        ({"r": True}, "r must be a whole number"),
+        ({"r": "x"}, "r must be a positive whole number, got 'x'"),
+        ({"r": True}, "r must be a positive whole number"),
         ({"rank": 4}, "peft takes no adapters with lora=.*'rank'"),
         ({"lora_alpha": "q"}, "peft takes no adapters with lora="),
         ({"target_modules": "head"}, r"a list of names, such as \['head'\]"),

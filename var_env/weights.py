@@ -52,9 +52,9 @@ def check_tokenizer(path: str | Path, tokenizer: Any, maker: str) -> None:
     if written is not None and written != (given := described(tokenizer)):
         name = next(name for name, value in written.items() if given[name] != value)
         raise ValueError(
-            f"the policy in {path} belongs to a {written['class']} with {name} {written[name]!s:.80}, and the tokenizer "
-            f"given is a {given['class']} with {name} {given[name]!s:.80}: give the one that it was trained on, with "
-            "--tokenizer FILE or load_policy(FILE, tokenizer)"
+            f"the policy in {path} belongs to a {written['class']} with {name} {written[name]!s:.80}, and the one "
+            f"given is a {given['class']} with {name} {given[name]!s:.80}: give the tokenizer that it was "
+            "trained on, with --tokenizer FILE or load_policy(FILE, tokenizer)"
         )
 
 

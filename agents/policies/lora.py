@@ -52,7 +52,7 @@ def add_lora(
         raise ImportError('adapters need the library peft: pip install "vartext[lora]"') from error
 
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"lora: r must be a whole number of at least 1, got {r!r}")
+        raise ValueError(f"lora: r must be a positive whole number, got {r!r}")
     if isinstance(target_modules, str):
         raise ValueError(f"lora: target_modules is a list of names, such as [{target_modules!r}]")
     if has_lora(policy):
