@@ -133,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = CurveAndBest(args.out / "best.safetensors", every=args.eval_every, prompts=args.eval_prompts)
         if args.resume:
             evaluation.go_on()
-        held_out_scenes(agent.unwrapped.env.world, args.eval_prompts, split=evaluation.split)  # or fail now
+        env = agent.unwrapped.env
+        assert env is not None
+        held_out_scenes(env.world, args.eval_prompts, split=evaluation.split)  # a list may be too small for the split
         agent.processes.barrier()  # all have looked whether there is a run in --out
     steps = agent.timesteps(args.images) - agent.num_timesteps
     if agent.images_decoded >= args.images or steps <= 0:

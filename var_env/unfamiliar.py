@@ -33,8 +33,8 @@ def _warn(prompt: str, size: int, longest: int, most: int) -> None:
     complaints = unfamiliar(prompt, size, longest, most)
     if complaints:
         warnings.warn(
-            f"the prompt {prompt!r} asks for what the rendered world never draws, and a policy trained on it can hardly "
-            f"write: {'; '.join(complaints)}",
+            f"the prompt {prompt!r} asks for what the rendered world never draws, and a policy trained on it can "
+            f"hardly write: {'; '.join(complaints)}",
             PromptWarning,
             stacklevel=4,  # whoever called what warns
         )
