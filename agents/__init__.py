@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from agents.base import Agent
     from agents.best_of_n import BestOfN
     from agents.callbacks import BestCheckpoint, CheckpointEvery, HeldOutEval, Interrupt, StopAfter, StopOnSignal
-    from agents.checkpoint import load
+    from agents.checkpoints import Checkpoints, load
     from agents.conflict import ConflictProbe
     from agents.evaluation import bootstrap_interval, evaluate, held_out_scenes
     from agents.grpo import GRPO
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from agents.panw import PANW
     from agents.ppo import PPO
     from agents.raft import RAFT
-    from agents.registry import make, register
+    from agents.recipes import make
     from agents.reinforce import REINFORCE
-    from agents.resume import Checkpoints
     from agents.rloo import RLOO
     from agents.sampling import Decoding
     from agents.stage import EntropyReward, SimilarityAdvantage, SimilarityKL
@@ -40,7 +39,7 @@ _HOMES = {  # imported when first asked for: torch and Stable-Baselines3 take se
     "BestCheckpoint": "callbacks",
     "BestOfN": "best_of_n",
     "CheckpointEvery": "callbacks",
-    "Checkpoints": "resume",
+    "Checkpoints": "checkpoints",
     "ConflictProbe": "conflict",
     "HeldOutEval": "callbacks",
     "Interrupt": "callbacks",
@@ -57,9 +56,9 @@ _HOMES = {  # imported when first asked for: torch and Stable-Baselines3 take se
     "SimilarityKL": "stage",
     "TreeGRPO": "tree",
     "Wrapper": "wrapper",
-    "load": "checkpoint",
-    "make": "registry",
-    "register": "registry",
+    "load": "checkpoints",
+    "make": "recipes",
+    "register": "common.registry",
 }
 __all__ = [
     "GRPO",

@@ -1,47 +1,40 @@
-"""The agents' common half: Stable-Baselines3's contract, the learning loop, the budget and the files.
+"""The agents' common half: Stable-Baselines3's contract, the environment, sampling, the learning loop and the budget.
 
-An algorithm subclasses `Agent` and writes `iterate`, one round of sampling and learning; see ``grpo.py``.
+An algorithm subclasses `Agent` and writes `iterate`, one round of sampling and learning; see ``grpo.py``. Beneath it
+stand the weights and their optimiser, ``trainable.py``, and what is saved, ``restorable.py``.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 import time
-import warnings
 from abc import abstractmethod
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3.common import utils
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
-from torch import Tensor
 
-from agents import checkpoint, logs, processes
-from agents.callbacks import SampleProgressBar
+from agents import logs
+from agents.common import processes
+from agents.common.checks import require_at_least, require_seed
 from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora, lora_options
-from agents.policies.var_text import VARTextPolicy
+from agents.progress import SampleProgressBar
 from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs, prompts_of
 from agents.sampling import Decoding, SharedNoise
-from rewards.pool import RewardPool
-from var_env.scenes import CELL_HEIGHT, World
+from agents.trainable import Trainable
+from agents.trainable import frozen_copy as frozen_copy
+from rewards.serving.pool import RewardPool
+from var_env.tokenizers.base import VisualTokenizer
 from var_env.unfamiliar import warn_of_prompt
 from var_env.vector import VARTextVectorEnv
-from var_env.visual_tokenizer import VisualTokenizer
-
-if TYPE_CHECKING:
-    from agents.wrapper import Wrapper
 
 AgentT = TypeVar("AgentT", bound="Agent")
 
@@ -50,7 +43,7 @@ class StopLearning(Exception):
     """A callback ended the training in the middle of a rollout, which is dropped."""
 
 
-class Agent(BaseAlgorithm):
+class Agent(Trainable):
     """An agent that learns on ``VARText-v0`` by sampling groups of pictures.
 
     Args:
@@ -60,7 +53,7 @@ class Agent(BaseAlgorithm):
         prompts_per_update: P, of all processes together. The prompts of update u depend on the seed and on u alone,
             whatever the agent and the processes.
         learning_rate: AdamW's, a number or a function of the remaining progress, 1 to 0, such as those of
-            ``agents/schedules.py``.
+            ``agents/common/schedules.py``.
         max_grad_norm: the gradient is scaled down to this norm.
         max_skipped: so many optimiser steps in a row may be skipped since their loss or gradient is not finite, before
             training ends with an error; 0 ends it at once. A run that goes on from a checkpoint meets the same numbers
@@ -86,11 +79,8 @@ class Agent(BaseAlgorithm):
         seconds: time in sampling, decoding, reward and update; callbacks do not count.
         reference: the frozen policy that the KL term holds on to, if the algorithm has one.
         ema: the averaged policy, if there is one.
-        processes: those that train this agent together, see ``agents/processes.py``.
+        processes: those that train this agent together, see ``agents/common/processes.py``.
     """
-
-    policy: Policy  # type: ignore[assignment]
-    env: VARTextVectorEnv | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -154,16 +144,7 @@ class Agent(BaseAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        self.policy.eval()  # no dropout of prompts, here or in the reference
-        if self.ema_decay is not None:
-            self.ema = frozen_copy(self.policy)
-        self.lr_schedule = utils.FloatSchedule(self.learning_rate)
-        self.optimizer = torch.optim.AdamW(
-            [weight for weight in self.policy.parameters() if weight.requires_grad],
-            lr=self.lr_schedule(1.0),
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-        )
+        super()._setup_model()
         self.generator = torch.Generator(self.device)
         self.set_random_seed(self.seed)
 
@@ -183,10 +164,6 @@ class Agent(BaseAlgorithm):
         self.generator.manual_seed(self.seed)
 
     @property
-    def n_updates(self) -> int:
-        return self._n_updates
-
-    @property
     def name(self) -> str:
         """For log folders."""
         return type(self).__name__.lower()
@@ -198,16 +175,6 @@ class Agent(BaseAlgorithm):
     def unwrapped(self: AgentT) -> AgentT:
         """This agent; of a wrapper, the agent inside."""
         return self
-
-    @property
-    def wrappers(self) -> list[Wrapper]:
-        """From the inside out."""
-        return []
-
-    @property
-    def best_policy(self) -> Policy:
-        """What to evaluate and to ship: the averaged policy if there is one, else the policy."""
-        return self.policy if self.ema is None else self.ema
 
     @property
     def best_of(self) -> int:
@@ -287,22 +254,6 @@ class Agent(BaseAlgorithm):
         self.callback.on_training_end()
         self.callback = self._init_callback(None)
         return self
-
-    def _shard(self) -> None:
-        """Shard the policies and the optimiser's state, when that is asked for and not done yet."""
-        if not self.processes.shards:
-            return
-        before = [weight for weight in self.policy.parameters() if weight.requires_grad]
-        for policy in (self.policy, self.reference, self.ema):
-            if policy is not None:
-                self.processes.shard(policy)
-        after = [weight for weight in self.policy.parameters() if weight.requires_grad]
-        state = [self.optimizer.state[weight] for weight in before]
-        self.optimizer.param_groups[0]["params"] = after
-        self.optimizer.state = defaultdict(dict)
-        for weight, values in zip(after, state, strict=True):
-            if values:
-                self.optimizer.state[weight] = {k: processes.sharded_like(v, weight) for k, v in values.items()}
 
     def _out_of_memory(self, error: BaseException) -> str:
         return (
@@ -405,58 +356,6 @@ class Agent(BaseAlgorithm):
             self.logger.record(name, value)
         self.logger.dump(self.num_timesteps)
 
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """Around the learning of an iteration: sets the learning rate, and counts and times the update."""
-        start = time.perf_counter()
-        self._update_learning_rate(self.optimizer)
-        yield
-        self._n_updates += 1
-        elapsed = time.perf_counter() - start
-        self.seconds += elapsed
-        self.logger.record("train/n_updates", self.n_updates)
-        self.logger.record("time/update", elapsed)
-
-    def optimizer_step(self, loss: Tensor | None = None) -> float:
-        """Sum the gradient over processes, clip it, take the step, move the average; returns the gradient's norm.
-
-        When the gradient is not finite, or the loss if it is given, the step is skipped: the weights stay, a warning
-        tells, and what is returned is not finite.
-
-        Raises:
-            RuntimeError: more than ``max_skipped`` steps in a row were not finite; the weights are as before them.
-        """
-        self.processes.sum_gradients(self.policy.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        size = processes.whole(norm).item()
-        total = 0.0 if loss is None else self.processes.reduce([loss.item()])[0]
-        if not (math.isfinite(size) and math.isfinite(total)):
-            self._skip("gradient norm" if math.isfinite(total) else "loss", size if math.isfinite(total) else total)
-            return math.nan
-        self._skipped_in_a_row = 0
-        self.optimizer.step()
-        if self.ema is not None:
-            assert self.ema_decay is not None
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), list(self.policy.parameters()), 1 - self.ema_decay)
-        return size
-
-    def _skip(self, name: str, value: float) -> None:
-        """Count a step that would ruin the weights; ``RuntimeError`` when there were too many."""
-        self.optimizer.zero_grad()
-        self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        told = (
-            f"the {name} of update {self.n_updates + 1} is {value}: the step was not applied and the weights are as "
-            "before it"
-        )
-        if self._skipped_in_a_row > self.max_skipped:
-            raise RuntimeError(
-                f"{told}, {self._skipped_in_a_row} in a row; lower learning_rate, raise kl_coef, or load an earlier "
-                "checkpoint"
-            )
-        warnings.warn(f"{told}; training ends when more than {self.max_skipped} in a row are so", stacklevel=3)
-
     # Acting ----------------------------------------------------------------------------------------------------------
 
     def predict(
@@ -477,61 +376,16 @@ class Agent(BaseAlgorithm):
         return act(self.policy, observation, decoding), state
 
     def _warn_of_prompts(self, observation: Mapping[str, Any]) -> None:
-        """Warn of prompts unlike those of the world that the agent learns in, or else of the shipped one, once each."""
-        size = self.policy.tokenizer.image_size
-        if self.env is not None:
-            world = self.env.world
-        elif isinstance(self.policy, VARTextPolicy) and size >= 2 * CELL_HEIGHT:
-            world = World(size)
-        else:
-            return
-        for prompt in prompts_of(observation, scale=0):
-            warn_of_prompt(prompt, world)
-
-    # Files -----------------------------------------------------------------------------------------------------------
-
-    def _excluded_save_params(self) -> list[str]:
-        own = ["reference", "ema", "outermost", "optimizer", "generator", "callback", "lr_schedule"]
-        own += ["_last_obs", "_last_episode_starts", "processes"]
-        return [*super()._excluded_save_params(), *own]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "optimizer", *(name for name in ("reference", "ema") if getattr(self, name) is not None)], []
-
-    def save(
-        self,
-        path: str | Path | BinaryIO,  # type: ignore[override]
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """Write all that a resumed run needs to one zip: settings, counters, generator, optimiser and policies."""
-        checkpoint.write(self, path, {*self._excluded_save_params(), *(exclude or ())} - set(include or ()))
-
-    @classmethod
-    def load(  # type: ignore[override]
-        cls: type[AgentT],
-        path: str | Path | BinaryIO,
-        env: str | gym.Env | gym.vector.VectorEnv | None = None,
-        device: torch.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> AgentT:
-        """Read what `save` wrote, an agent of this class without wrappers; `agents.load` reads any.
-
-        With ``env``, ``learn(..., reset_num_timesteps=False)`` goes on as if uninterrupted. ``kwargs`` replace saved
-        settings, such as ``learning_rate=1e-5``.
-        """
-        return checkpoint.load(path, env, device, custom_objects, cls, **kwargs)
+        """Warn of prompts unlike those of the world that the agent learns in, or else the policy's, once each."""
+        world = self.policy.trained_on() if self.env is None else self.env.world
+        if world is not None:
+            for prompt in prompts_of(observation, scale=0):
+                warn_of_prompt(prompt, world)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory ran out. Torch has a class for that on GPUs, and not on CPUs."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def frozen_copy(policy: Policy) -> Policy:
-    """Weights of its own, without gradients; the tokenizer is shared."""
-    return copy.deepcopy(policy, {id(policy.tokenizer): policy.tokenizer}).requires_grad_(False)
 
 
 def same_tokenizer(one: VisualTokenizer, other: VisualTokenizer) -> bool:
@@ -541,24 +395,3 @@ def same_tokenizer(one: VisualTokenizer, other: VisualTokenizer) -> bool:
     alike = [(t.schedule, t.vocab_size, t.depth, *t.state_dict()) for t in (one, other)]
     weights = other.state_dict()
     return alike[0] == alike[1] and all(torch.equal(w, weights[k].to(w.device)) for k, w in one.state_dict().items())
-
-
-def require_choice(choices: Iterable[str], **options: str) -> None:
-    """``ValueError`` naming the first option that is none of the choices."""
-    for name, value in options.items():
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
-
-
-def require_at_least(least: int, **options: int) -> None:
-    """``ValueError`` naming the first option that is no whole number of at least ``least``."""
-    for name, value in options.items():
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def require_seed(seed: Any, bits: int = 64) -> None:
-    """``ValueError`` unless the seed is ``None`` or a whole number, Python's or numpy's, of so many bits."""
-    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
-    if seed is not None and not (whole and 0 <= seed < 2**bits):
-        raise ValueError(f"seed must be a whole number of 0 to 2**{bits} - 1, got {seed!r}")

@@ -6,9 +6,9 @@ from typing import Any
 
 from stable_baselines3.common.type_aliases import MaybeCallback
 
-from agents.base import require_at_least
+from agents.common.checks import require_at_least
+from agents.common.registry import register
 from agents.grpo import GRPO
-from agents.registry import register
 
 
 @register("best_of_n")

@@ -7,20 +7,17 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
-from agents.files import replacing
-from agents.resume import Checkpoints, updates_of
+from agents.base import Agent
+from agents.checkpoints import Checkpoints, updates_of
+from agents.common.files import replacing
+from agents.evaluation import Evaluation, evaluate, held_out_scenes
 from agents.sampling import Decoding
 from var_env.scenes import Scene
-
-if TYPE_CHECKING:
-    from agents.base import Agent
-    from agents.evaluation import Evaluation
-
 
 LOWER_IS_BETTER = ("nothing_read",)  # of the metrics in Evaluation.means()
 
@@ -111,8 +108,6 @@ class HeldOutEval(AgentCallback):
 
     def evaluate(self) -> None:
         """Evaluate now, and record."""
-        from agents.evaluation import evaluate, held_out_scenes
-
         agent = self.model
         assert agent.env is not None
         self.scenes = self.scenes or held_out_scenes(agent.env.world, self.count, self.seed, self.split)
@@ -180,7 +175,7 @@ class BestCheckpoint(HeldOutEval):
 
 
 class CheckpointEvery(AgentCallback):
-    """Writes a checkpoint before the first update, after every n-th and at the end, see ``agents/resume.py``.
+    """Writes a checkpoint before the first update, after every n-th and at the end, see ``agents/checkpoints.py``.
 
     Put it before callbacks that evaluate: a run that goes on then evaluates again what was not logged. At the end means
     whenever ``learn()`` returns, so that with `StopOnSignal` a run that is asked to stop loses nothing. After an error
@@ -269,19 +264,6 @@ class StopOnSignal(AgentCallback):
     def _on_step(self) -> bool:
         envs = self.locals["envs"]
         return not self.interrupt.requested or envs.t < len(envs.schedule)
-
-
-class SampleProgressBar(ProgressBarCallback):
-    """The progress bar over environment steps of all rows that an agent samples, forks included."""
-
-    def _on_training_start(self) -> None:
-        super()._on_training_start()
-        self._shown = self.model.num_timesteps
-
-    def _on_step(self) -> bool:
-        self.pbar.update(self.model.num_timesteps - self._shown)
-        self._shown = self.model.num_timesteps
-        return True
 
 
 __all__ = ["BestCheckpoint", "CheckpointEvery", "HeldOutEval", "Interrupt", "StopAfter", "StopOnSignal"]

@@ -31,8 +31,8 @@ from stable_baselines3.common.logger import Image, Logger
 from torch import Tensor
 
 from agents import logs
-from agents.base import require_at_least
 from agents.callbacks import AgentCallback
+from agents.common.checks import require_at_least
 from agents.grpo import GRPO, TokenWeights
 from agents.rollout import Rollout, collect, resized
 from var_env.schedule import ScaleSchedule

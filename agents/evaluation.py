@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.base import require_at_least, require_seed
+from agents.common.checks import require_at_least, require_seed
 from agents.policies.base import Policy
 from agents.rollout import collect, resized
 from agents.sampling import Decoding

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from agents import logs, losses
-from agents.base import Agent, StopLearning, frozen_copy, require_at_least, require_choice
+from agents.base import Agent, StopLearning, frozen_copy
+from agents.common.checks import require_at_least, require_choice
+from agents.common.registry import register
 from agents.losses import Predicted
 from agents.policies.base import Policy
-from agents.registry import register
 from agents.rollout import Rollout
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from stable_baselines3.common.logger import (
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from agents import pictures, processes
+from agents.common import pictures, processes
+from agents.common.processes import Processes
 from agents.losses import per_grid
-from agents.processes import Processes
 from agents.rollout import Rollout
 from var_env.schedule import ScaleSchedule
 

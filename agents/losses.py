@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from agents.registry import Registry
+from agents.common.registry import Registry
 
 MAX_LOG_RATIO = 10.0  # exp(10) = 2e4: far outside any trust region, and still a finite gradient
 

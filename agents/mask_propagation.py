@@ -14,10 +14,11 @@ import torch
 from stable_baselines3.common.logger import Image
 from torch import Tensor
 
-from agents import logs, pictures
-from agents.base import require_at_least, require_choice
+from agents import logs
+from agents.common import pictures
+from agents.common.checks import require_at_least, require_choice
+from agents.common.registry import register
 from agents.grpo import GRPO, TokenWeights
-from agents.registry import register
 from agents.rollout import Rollout
 from agents.wrapper import Wrapper
 from var_env.schedule import ScaleSchedule

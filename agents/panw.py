@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from agents.common.registry import register
 from agents.grpo import GRPO, TokenWeights
-from agents.registry import register
 from agents.rollout import Rollout
 from agents.wrapper import Wrapper
 from var_env.schedule import ScaleSchedule

@@ -34,10 +34,10 @@ from stable_baselines3.common.utils import explained_variance, update_learning_r
 from torch import Tensor, nn
 
 from agents import logs, losses
-from agents.base import require_at_least
+from agents.common.checks import require_at_least
+from agents.common.registry import register
 from agents.grpo import GRPO
 from agents.policies.base import Policy
-from agents.registry import register
 from agents.rollout import Rollout
 
 CRITIC_MINIBATCHES = 4  # of each epoch over a rollout

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from agents import losses
-from agents.base import require_at_least
+from agents.common.checks import require_at_least
+from agents.common.registry import register
 from agents.grpo import GRPO
-from agents.registry import register
 from agents.rollout import Rollout
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from agents import losses
+from agents.common.registry import register
 from agents.grpo import GRPO
-from agents.registry import register
 
 
 @register("reinforce")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from agents import losses
-from agents.registry import register
+from agents.common.registry import register
 from agents.reinforce import REINFORCE
 from agents.rollout import Rollout
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.common.processes import Processes
 from agents.losses import zero_variance
 from agents.policies.base import Policy
-from agents.processes import Processes
 from agents.sampling import Decoding, SharedNoise, draw
 from rewards.base import HasWords, Reward, RewardOutput
-from rewards.pool import RewardPool, join
+from rewards.serving.pool import RewardPool, join
 from var_env import mdp
 from var_env.env import VARTextEnv
 from var_env.scenes import Scene

@@ -26,7 +26,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor
 
 from agents import losses
-from agents.base import require_choice
+from agents.common.checks import require_choice
 from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.ppo import Critic, hidden_width, state_features

@@ -38,10 +38,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agents import logs
-from agents.base import require_choice
+from agents.common.checks import require_choice, require_not_negative
+from agents.common.registry import register
 from agents.grpo import GRPO, TokenWeights
 from agents.policies.base import Policy
-from agents.registry import register
 from agents.rollout import Rollout
 from agents.wrapper import Wrapper
 
@@ -265,10 +265,3 @@ class EntropyReward(Wrapper):
     def mean_entropies(self, policy: Policy, rollout: Rollout, steps: range, rows: Tensor) -> Tensor:
         """Of some rows, ``(b,)``, eq. 10."""
         return self.unwrapped.log_probs(policy, rollout, rows, steps).entropy.mean(1)
-
-
-def require_not_negative(**options: float) -> None:
-    """``ValueError`` naming the first option that is not a finite number of at least 0."""
-    for name, value in options.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value}")

@@ -22,7 +22,7 @@ fork into pairs. Against as many pictures that share nothing, the noise of the g
 times as much, as there are fewer prefixes, and the baseline's own noise comes on top when they are few. That after the
 fork is ``1 - rho^2`` times, from the better baseline, where the siblings' mean alone would make it ``2 - 2 rho``. So a
 fork pays where much is decided before it and most of the gradient's noise comes after it, and otherwise costs a little.
-``python examples/sweep.py --prefix-share 64`` measures rho.
+``vartext sweep --prefix-share 64`` measures rho.
 
 **Shared tokens.** All G leaves are rows of the update, and tokens that leaves share are in each of them, with the same
 advantage. As all rows count the same, a token counts as often as there are leaves below it. So each level's part of the
@@ -44,9 +44,9 @@ import torch
 from torch import Tensor
 
 from agents import losses
-from agents.base import require_choice
+from agents.common.checks import require_choice
+from agents.common.registry import register
 from agents.grpo import GRPO
-from agents.registry import register
 from agents.rollout import Rollout
 from agents.vmr import middle_return
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from agents import losses
-from agents.base import require_at_least, require_choice
+from agents.common.checks import require_at_least, require_choice
+from agents.common.registry import register
 from agents.grpo import GRPO
-from agents.registry import register
 from agents.rollout import Rollout
 from agents.split_rule import SplitRule
 

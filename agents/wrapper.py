@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
-from agents import checkpoint
+from agents import restorable
 from agents.grpo import GRPO, TokenWeights
 from agents.rollout import Rollout
 
@@ -41,7 +41,8 @@ class Wrapper:
     """Base class of the wrappers. Everything that it does not define is the wrapped agent's.
 
     Wrapping is for good: the innermost agent knows its outermost wrapper, and learns, saves and is restored with the
-    whole chain, whichever of them is called. Attributes are read through the wrapper and set on ``unwrapped``.
+    whole chain, whichever of them is called. Attributes are read through the wrapper and set where they belong: the
+    options of a wrapper on it, all else on ``unwrapped``. To set what the agent inside has raises `AttributeError`.
 
     Args:
         agent: an agent, or the outermost wrapper of one. Options of a subclass are keywords and are stored as
@@ -61,7 +62,7 @@ class Wrapper:
         innermost: GRPO = agent.unwrapped
         if agent is not innermost.outermost:
             raise ValueError(f"{agent} is already inside {innermost.outermost}: wrap that one")
-        self.agent, self.unwrapped = agent, innermost
+        vars(self).update(agent=agent, unwrapped=innermost)  # past __setattr__, which asks them
         innermost.outermost = self
 
     def scores(self, rollout: Rollout, steps: range) -> Tensor:
@@ -76,10 +77,14 @@ class Wrapper:
         """The weights of the tokens of ``steps``, see `GRPO.token_weights`."""
         return self.agent.token_weights(rollout, steps)
 
-    def settings(self) -> dict[str, Any]:
+    @classmethod
+    def option_names(cls) -> list[str]:
         """The options of this wrapper, without those of the agent inside."""
-        names = list(inspect.signature(type(self).__init__).parameters)[2:]  # after self and agent
-        return {name: getattr(self, name) for name in names}
+        return list(inspect.signature(cls.__init__).parameters)[2:]  # after self and agent
+
+    def settings(self) -> dict[str, Any]:
+        """The options of this wrapper and their values, without those of the agent inside."""
+        return {name: getattr(self, name) for name in self.option_names()}
 
     @property
     def name(self) -> str:
@@ -93,6 +98,25 @@ class Wrapper:
         if name in ("agent", "unwrapped"):  # not set yet: do not ask an agent that is not there
             raise AttributeError(name)
         return getattr(self.agent, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in vars(self) or hasattr(type(self), name) or name in self.option_names()):
+            self._require_own(name)
+        super().__setattr__(name, value)
+
+    def _require_own(self, name: str) -> None:
+        """``AttributeError`` when a wrapper or the agent inside has the attribute: set here, it would not reach it."""
+        link = vars(self).get("agent")  # not there yet in the constructor
+        while isinstance(link, Wrapper):
+            if name in link.option_names():
+                raise AttributeError(
+                    f"{name} is an option of {type(link).__name__} inside this wrapper: set it on .agent"
+                )
+            link = link.agent
+        if hasattr(link, name):
+            raise AttributeError(
+                f"{name} belongs to {type(link).__name__} inside {type(self).__name__}: set it on .unwrapped"
+            )
 
     def learn(
         self: WrapperT,
@@ -112,4 +136,4 @@ class Wrapper:
     @classmethod
     def load(cls: type[WrapperT], path: str | Path, env: Any = None, **options: Any) -> WrapperT:
         """Read the file of an agent whose outermost wrapper is this one; see `Agent.load` for the options."""
-        return checkpoint.load(path, env, expected=cls, **options)
+        return restorable.load(path, env, expected=cls, **options)

@@ -19,9 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import compare
-
 from agents import Agent, register
+from agents.experiments import compare
 
 
 @register("soft_best")

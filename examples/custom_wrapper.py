@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import compare
 import torch
 
 from agents import GRPO, Wrapper, register
+from agents.experiments import compare
 from agents.grpo import TokenWeights
 from agents.rollout import Rollout
 

@@ -41,15 +41,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import clear_errors, make_parser, table, write_json, write_text
 from stable_baselines3.common.utils import get_device
 from tqdm import tqdm
 
 from agents import GRPO
+from agents.experiments.options import Parser, clear_errors
+from agents.experiments.output import table, write_json, write_text
 from agents.policies.base import has_bf16
-from agents.policies.contract import random_grids
 from agents.policies.var_text import VARTextPolicy
 from agents.rollout import Rollout
+from agents.testing import random_grids
 from var_env import ScaleSchedule, Tokenizer
 from var_env.scenes import Scene
 
@@ -161,7 +162,7 @@ def in_a_process(case: Case, device: str) -> int:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     for option, default, text in (
         ("--rows", [4, 8, 16], "pictures of an update"),
         ("--sides", [8, 12, 16], "sides of the finest grid, in tokens"),

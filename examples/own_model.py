@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from agents import GRPO, evaluate
 from agents.policies.base import Policy
-from agents.policies.contract import PolicyContract, TopHalf
+from agents.testing import PolicyContract, TopHalf
 from var_env import ScaleSchedule, Tokenizer, VARTextVectorEnv, load_tokenizer
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers.base import VisualTokenizer
 from var_env.weights import load_config_and_weights, load_weights, save_module
 
 

@@ -1,146 +1,15 @@
 """Watch a picture grow scale by scale: in the terminal, as a PNG strip, or as an animated GIF.
 
-    python examples/play.py                                                   # a held-out prompt, at random
-    python examples/play.py 'A navy sign that says "KITE" above "RUN" in white letters'
-    python examples/play.py --seed 3 --png runs/play.png --gif runs/play.gif --quiet
-    python examples/play.py --policy runs/compare-quick/grpo/seed0/policy.safetensors --temperature 0.7
-
-The words of a prompt stand in double quotes. The last lines tell what OCR read and the score.
-The GIF shows the token grids beside the picture.
+The same as ``vartext play``: what it does, and its options, are in agents/experiments/play.py.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
-import time
-from collections.abc import Sequence
-from pathlib import Path
-
-import numpy as np
-import torch
-from common import (
-    add_decoding_options,
-    add_model_options,
-    clear_errors,
-    decoding_from,
-    load_policy,
-    make_env,
-    make_parser,
-)
-from PIL import Image
-
-from agents import Decoding, held_out_scenes
-from agents.base import require_seed
-from agents.pictures import sample_sheet
-from agents.rollout import Caches, unroll
-from var_env import VARTextVectorEnv
-from var_env.scenes import scene_from_prompt
-from var_env.unfamiliar import warn_of_prompt
-
-HOLD = 3  # the last picture of a GIF stays this many times as long
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("prompt", nargs="?", help='such as: A sign that says "RUN" (default: a held-out one)')
-    parser.add_argument("--seed", type=int, help="of the prompt and of the sampler (default: another one each time)")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="write all scales side by side")
-    parser.add_argument("--gif", type=Path, metavar="FILE", help="write an animation with the token grids")
-    parser.add_argument("--quiet", action="store_true", help="no pictures in the terminal")
-    parser.add_argument("--columns", type=int, default=64, help="width in the terminal (default: %(default)s)")
-    parser.add_argument("--delay", type=float, default=0.7, help="seconds between scales (default: %(default)s)")
-    add_model_options(parser)
-    add_decoding_options(parser)
-    args = parser.parse_args(argv)
-    if args.columns < 1 or args.delay < 0:
-        parser.error(f"--columns must be at least 1 and --delay at least 0, got {args.columns} and {args.delay}")
-    return args
-
-
-def half_blocks(image: np.ndarray, columns: int) -> str:
-    """A picture ``(S, S, 3)`` as lines of text: each upper half block shows two pixels, in 24-bit ANSI colours."""
-    pixels = np.asarray(Image.fromarray(image).resize((columns, (columns + 1) // 2 * 2), Image.Resampling.BOX))
-    lines = []
-    for top, bottom in zip(pixels[::2], pixels[1::2], strict=True):  # (columns, 3) each
-        cells = [
-            f"\x1b[38;2;{r};{g};{b}m\x1b[48;2;{x};{y};{z}m▀"
-            for (r, g, b), (x, y, z) in zip(top.tolist(), bottom.tolist(), strict=True)
-        ]
-        lines.append("".join(cells) + "\x1b[0m")
-    return "\n".join(lines)
-
-
-class Show:
-    """Called after each scale: keeps the pictures and prints them, each over the last one in a terminal."""
-
-    def __init__(self, columns: int, delay: float, quiet: bool) -> None:
-        self.columns, self.delay, self.quiet = columns, delay, quiet
-        self.pictures: list[np.ndarray] = []  # (S, S, 3)
-        self.frames: list[np.ndarray] = []  # with the token grids beside
-
-    def __call__(self, envs: VARTextVectorEnv) -> None:
-        self.pictures.append(envs.tokenizer.decode(envs.canvas)[0].cpu().numpy())
-        frame = envs.render()
-        assert frame is not None
-        self.frames.append(frame[0])
-        if self.quiet:
-            return
-        text = half_blocks(self.pictures[-1], self.columns)
-        h, w = envs.schedule.grids[envs.t - 1]
-        again = len(self.pictures) > 1 and sys.stdout.isatty()
-        up = f"\x1b[{text.count(chr(10)) + 2}A" if again else ""  # over the last picture
-        print(f"{up}{text}\nscale {envs.t} of {len(envs.schedule)}, {h}x{w} tokens", flush=True)
-        time.sleep(self.delay if sys.stdout.isatty() else 0)
-
-
-def save_png(path: Path, show: Show, envs: VARTextVectorEnv) -> None:
-    """The pictures of all scales in a row, titled with their grids."""
-    titles = [f"{h}x{w}" for h, w in envs.schedule.grids]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sample_sheet(np.stack(show.pictures), titles, len(titles))).save(path)
-
-
-def save_gif(path: Path, show: Show, delay: float) -> None:
-    """The frames one after the other, again and again."""
-    frames = [Image.fromarray(frame) for frame in show.frames]
-    milliseconds = max(20, round(1000 * delay))
-    durations = [milliseconds] * (len(frames) - 1) + [HOLD * milliseconds]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    seed = args.seed if args.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
-    with clear_errors():
-        require_seed(seed)
-        policy = load_policy(args)
-        envs = make_env(policy, render_mode="rgb_array")
-        scene = (
-            scene_from_prompt(args.prompt, envs.world.size)
-            if args.prompt is not None
-            else held_out_scenes(envs.world, 1, seed)[0]
-        )
-        if args.prompt is not None:
-            warn_of_prompt(args.prompt, envs.world)
-        decoding = decoding_from(args, Decoding())
-    print(f"{scene.prompt}   (--seed {seed})")
-    envs.reset(options={"scenes": [scene]})
-    with torch.no_grad():
-        caches = Caches(policy, policy.encode_prompts([scene.prompt]), decoding.guided)
-    generator = torch.Generator(policy.device).manual_seed(seed)
-    show = Show(args.columns, args.delay, args.quiet)
-    info = unroll(policy, envs, caches, range(len(envs.schedule)), decoding, generator, on_step=show).info
-    read = " ".join(f'"{word}"' for word in info["words_read"][0]) or "nothing"
-    parts = ", ".join(f"{name} {values[0]:.2f}" for name, values in info["parts"].items())
-    print(f"OCR read {read}: score {info['score'][0]:+.3f} ({parts})")
-    if args.png:
-        save_png(args.png, show, envs)
-    if args.gif:
-        save_gif(args.gif, show, args.delay)
-    return 0
-
 
 if __name__ == "__main__":
+    try:
+        from agents.experiments.play import main
+    except ImportError as error:  # perhaps there is another package of the name
+        from var_env.agents_clash import find_clash
+
+        sys.exit(f"error: {find_clash() or error}")
     sys.exit(main())

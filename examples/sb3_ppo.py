@@ -34,19 +34,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import clear_errors, make_parser, require_at_least_one, table
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecMonitor
 
+from agents.experiments.options import Parser, clear_errors, require_at_least_one
+from agents.experiments.output import table
 from agents.policies import load_policy
 from agents.sb3_policy import VARActorCriticPolicy
 from rewards.base import HasWords, Reward, RewardOutput
 from var_env import VARTextVectorEnv
 from var_env.sb3 import VARTextVecEnv
 from var_env.scenes import Scene, World, scene_from_prompt
-from var_env.tokenizer import load_tokenizer
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers import load_tokenizer
+from var_env.tokenizers.base import VisualTokenizer
 
 DEFAULTS = {
     "transformer": {"reward": "ocr", "images": 960, "epochs": 2, "learning_rate": 1e-5},
@@ -71,7 +72,7 @@ class OnePrompt(World):
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--policy", choices=("transformer", "mlp"), default="transformer", help="(default: %(default)s)"
     )

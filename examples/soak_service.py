@@ -32,10 +32,11 @@ from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
-from common import clear_errors, make_parser, table, write_json, write_text
 
 import rewards
-from rewards.client import RewardClient, ServiceError
+from agents.experiments.options import Parser, clear_errors
+from agents.experiments.output import table, write_json, write_text
+from rewards.serving.client import RewardClient, ServiceError
 from var_env.scenes import World, render
 
 MAX_BATCH = 16  # pictures in a request
@@ -171,7 +172,7 @@ class Soak:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--seconds", type=float, default=120, help="how long (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=8, help="at the same time (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="of the service (default: %(default)s)")

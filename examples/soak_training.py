@@ -40,23 +40,16 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from common import (
-    add_plugin_option,
-    clear_errors,
-    load_plugins,
-    make_parser,
-    require_at_least_one,
-    table,
-    write_json,
-    write_text,
-)
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 from tqdm import tqdm
 
-from agents import Agent, CheckpointEvery, Checkpoints, HeldOutEval, StopAfter, Wrapper, registry, stored
+from agents import Agent, CheckpointEvery, Checkpoints, HeldOutEval, StopAfter, Wrapper, recipes, stored
 from agents.callbacks import AgentCallback
+from agents.experiments.agent_options import add_plugin_option
+from agents.experiments.options import Parser, clear_errors, require_at_least_one
+from agents.experiments.output import table, write_json, write_text
 from agents.logs import open_logger
 from agents.policies.var_text import VARTextPolicy
 from agents.resume import state_of
@@ -73,7 +66,7 @@ OF_THE_CLOCK = ("seconds", "_num_timesteps_at_start")  # and of the part of a ru
 
 def every_recipe() -> list[str]:
     """All algorithms and wrappers, alone, the variants and bundles, and the paper's method."""
-    return [*registry.known(), *registry.VARIANTS, *registry.BUNDLES, "vmr+panw+mp"]
+    return [*recipes.known(), *recipes.VARIANTS, *recipes.BUNDLES, "vmr+panw+mp"]
 
 
 class Brightness(Reward):
@@ -100,8 +93,8 @@ def new_agent(recipe: str) -> Agent | Wrapper:
     envs = world()
     policy = VARTextPolicy(envs.tokenizer, width=16, layers=1, heads=2, precision="fp32").eval()
     options = {"group_size": GROUP, "prompts_per_update": PROMPTS, "learning_rate": 1e-3, "seed": 0, "device": "cpu"}
-    known = registry.options_in(recipe)
-    return registry.make(recipe, envs, policy, **{name: value for name, value in options.items() if name in known})
+    known = recipes.options_in(recipe)
+    return recipes.make(recipe, envs, policy, **{name: value for name, value in options.items() if name in known})
 
 
 def fingerprint(agent: Agent | Wrapper) -> str:
@@ -229,8 +222,7 @@ def memory_of(recipe: str, updates: int) -> list[float]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    load_plugins(argv)
-    parser = make_parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--agents", nargs="*", default=[], metavar="AGENT", help="to be killed (default: all)")
     add_plugin_option(parser)
     parser.add_argument("--kills", type=int, default=20, help="of each agent (default: %(default)s)")
@@ -245,7 +237,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         require_at_least_one(kills=args.kills, length=args.length, updates=args.updates)
         args.agents = args.agents or every_recipe()
         for recipe in [*args.agents, args.memory_agent]:
-            registry.parts_of(recipe)
+            recipes.parts_of(recipe)
     return args
 
 

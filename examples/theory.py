@@ -19,12 +19,13 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import torch
-from common import clear_errors, make_parser, table, write_text
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
-from agents import exact, make, registry
+from agents import exact, make, recipes
 from agents.callbacks import AgentCallback, StopAfter
+from agents.experiments.options import Parser, clear_errors
+from agents.experiments.output import table, write_text
 from agents.policies.table import TablePolicy
 from var_env.tabular import VARTabularVectorEnv
 
@@ -238,7 +239,7 @@ def train(recipe: str, reward: str, seed: int, updates: int) -> np.ndarray:
     curve = Curve(lambda policy: lost(p, found | {"this": exact.joint(policy.sites())}, "this", ETA))
     own = AGENT_OPTIONS | (MEND if recipe == MENDED else {})
     recipe = "vmr" if recipe == MENDED else recipe
-    options = {name: value for name, value in own.items() if name in registry.options_in(recipe)}
+    options = {name: value for name, value in own.items() if name in recipes.options_in(recipe)}
     agent = make(
         recipe,
         envs,
@@ -302,15 +303,15 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    recipes = [*registry.known(), MENDED, *registry.BUNDLES]
+    parser = Parser(__doc__)
+    everything = [*recipes.known(), MENDED, *recipes.BUNDLES]
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to make (default: all)")
     parser.add_argument("--out", type=Path, default=Path("results/theory"), help="(default: %(default)s)")
     parser.add_argument("--tables", type=int, default=100, help="random reward tables (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=200, help="of each agent (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the agents (default: 0)")
     parser.add_argument(
-        "--agents", nargs="+", default=recipes, metavar="RECIPE", help="such as vmr+panw (default: all that are known)"
+        "--agents", nargs="+", default=everything, metavar="RECIPE", help="such as vmr+panw (default: all there are)"
     )
     return parser.parse_args(argv)
 

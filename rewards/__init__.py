@@ -8,12 +8,20 @@
 
 import inspect
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rewards.base import HasWords, Reward, RewardOutput
-from rewards.clip import CLIPScore
-from rewards.ocr import OCRReward
+if TYPE_CHECKING:
+    from rewards.base import HasWords, Reward, RewardOutput
+    from rewards.clip import CLIPScore
+    from rewards.ocr import OCRReward
 
+_HOMES = {  # imported when first asked for
+    "CLIPScore": "clip",
+    "HasWords": "base",
+    "OCRReward": "ocr",
+    "Reward": "base",
+    "RewardOutput": "base",
+}
 __all__ = ["CLIPScore", "HasWords", "OCRReward", "Reward", "RewardOutput", "make"]
 
 REWARDS = {  # name: module and class, imported when asked for
@@ -26,12 +34,12 @@ REWARDS = {  # name: module and class, imported when asked for
     "grounding_dino": "rewards.grounding_dino:GroundingDINOReward",
     "geneval": "rewards.geneval:GenEval",
     "combine": "rewards.combine:combine",
-    "pool": "rewards.pool:RewardPool",
-    "service": "rewards.client:RewardClient",
+    "pool": "rewards.serving.pool:RewardPool",
+    "service": "rewards.serving.client:RewardClient",
 }
 
 
-def make(name: str, **kwargs: Any) -> Reward:
+def make(name: str, **kwargs: Any) -> "Reward":
     """The reward called `name`, or of the service at a URL, built with `kwargs`.
 
     ValueError, naming what exists, for an unknown one.
@@ -51,3 +59,13 @@ def make(name: str, **kwargs: Any) -> Reward:
         if parameter.default is parameter.empty and option not in kwargs:
             raise ValueError(f"reward {name!r} needs the option {option!r}, in gym.make in reward_kwargs")
     return reward(**kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"rewards.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'rewards' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -31,7 +31,7 @@ def finished(out):
 
 class TestTables:
     def rows(self, module, name, fine=False):
-        return module("ablate").TABLES[name].rows(SimpleNamespace(fine=fine), SCHEDULE)
+        return module("ablations").TABLES[name].rows(SimpleNamespace(fine=fine), SCHEDULE)
 
     def test_the_middle_step(self, module):
         rows = self.rows(module, "m")
@@ -137,8 +137,8 @@ class TestRuns:
         assert "images=16, and now it is 20" in refused(module("ablate").main, "k", *options, "--images", "20")
 
     def test_another_exponent_is_another_cell(self, ablated, weights, module):
-        script = module("ablate")
-        args = script.parse([*weights, *COMPARE, "--alpha", "0.8", "--split", "1", "--out", str(ablated[0])])
+        script = module("ablations")
+        args = module("ablate").parse([*weights, *COMPARE, "--alpha", "0.8", "--split", "1", "--out", str(ablated[0])])
         comparison = script.Comparison(args)
         rows = [row for name in ("mp", "alternation", "k") for row in script.TABLES[name].rows(args, SCHEDULE)]
         cells = [cell for row in rows for cell in script.cells_of(row, comparison, [0, 1])]

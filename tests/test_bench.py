@@ -51,7 +51,7 @@ def test_stopwatch_adds_up_and_leaves_no_trace(module):
             return seconds
 
     before = Sleeper.nap
-    with module("bench").stopwatch(Sleeper, "nap") as total:
+    with module("benchmark").stopwatch(Sleeper, "nap") as total:
         assert Sleeper().nap(0.02) == 0.02
         Sleeper().nap(0.03)
     assert 0.05 <= total[0] < 0.5
@@ -59,7 +59,7 @@ def test_stopwatch_adds_up_and_leaves_no_trace(module):
 
 
 def test_operations_and_number_formats(module):
-    bench, a, b = module("bench"), torch.ones(3, 4), torch.ones(4, 5)
+    bench, a, b = module("benchmark"), torch.ones(3, 4), torch.ones(4, 5)
     assert bench.operations(lambda: a @ b) == 2 * 3 * 4 * 5
     with bench.Formats() as formats, torch.autocast("cpu", torch.bfloat16):
         torch.nn.functional.linear(a, b.T, torch.ones(5))

@@ -3,7 +3,6 @@
 import itertools
 import math
 import warnings
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -18,16 +17,16 @@ from stable_baselines3.common.logger import Logger
 from tiny import nudge, tiny_policy, weights_of
 
 import agents
-from agents import losses, registry
+from agents import losses, recipes
 from agents.policies import load_policy
-from agents.policies.contract import PolicyContract, TokenizerContract, random_grids
 from agents.rollout import act
 from agents.sampling import Decoding, draw
 from agents.sb3_policy import VARActorCriticPolicy
 from agents.stage import cosine_similarities, group_similarity
+from agents.testing import PolicyContract, TokenizerContract, random_grids
 from var_env import ScaleSchedule, VARTextEnv, VARTextVectorEnv, load_tokenizer, mdp
-from var_env.bits import BitTokenizer, bit_entropies
 from var_env.sb3 import FlattenCanvas, VARTextVecEnv
+from var_env.tokenizers.bits import BitTokenizer, bit_entropies
 
 D, EVERY = 5, range(3)
 
@@ -278,14 +277,14 @@ def test_a_token_is_one_decision():
 
 def bit_agent(parts, recipe="grpo", **options):
     settings = {"group_size": 4, "prompts_per_update": 2, "seed": 0, "device": "cpu"} | options
-    settings = {name: value for name, value in settings.items() if name in registry.options_in(recipe)}
+    settings = {name: value for name, value in settings.items() if name in recipes.options_in(recipe)}
     agent = agents.make(recipe, VARTextVectorEnv(2, **parts), tiny_policy(parts["tokenizer"]), **settings)
     agent.unwrapped.set_logger(Logger(None, []))
     return agent
 
 
-ALGORITHMS = [name for name, part in registry.known().items() if not registry.is_wrapper(part)]
-WRAPPERS = [name for name, part in registry.known().items() if registry.is_wrapper(part)]
+ALGORITHMS = [name for name, part in recipes.known().items() if not recipes.is_wrapper(part)]
+WRAPPERS = [name for name, part in recipes.known().items() if recipes.is_wrapper(part)]
 
 
 @pytest.mark.parametrize("recipe", [*ALGORITHMS, "+".join(["grpo", *WRAPPERS])])
@@ -426,17 +425,13 @@ def test_sb3_log_probabilities_are_sums_over_tokens_and_bits(parts):
 
 
 def test_pretraining_and_a_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    import play
-    import pretrain
+    from agents.experiments import play, pretrain
 
     small = ["--batch", "4", "--log-every", "3", "--picture-every", "100", "--device", "cpu"]
     small += ["--tokenizer-steps", "6", "--policy-steps", "3", "--width", "32", "--layers", "1", "--heads", "2"]
 
     def run(stage, *options):
-        monkeypatch.setattr("sys.argv", ["pretrain.py", stage, "--out", str(tmp_path), *small, *options])
-        args = pretrain.parse()
-        {"tokenizer": pretrain.train_tokenizer, "policy": pretrain.train_policy, "export": pretrain.export}[stage](args)
+        pretrain.main([stage, "--out", str(tmp_path), *small, *options])
         return capsys.readouterr().out
 
     assert "used_bits" in run("tokenizer", "--bits", "4")

@@ -14,7 +14,7 @@ from agents.conflict import Conflict, ConflictProbe, cosines, half_gradients, he
 from agents.losses import group_advantages
 from rewards.base import Reward, RewardOutput
 from var_env import ScaleSchedule, Tokenizer
-from var_env.raster import RasterTokenizer
+from var_env.tokenizers.raster import RasterTokenizer
 
 SIZES, T = (1, 4, 16), 3
 SCALES = ("1_1x1", "2_2x2", "3_4x4")

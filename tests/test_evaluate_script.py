@@ -1,8 +1,7 @@
-"""What examples/evaluate.py tells beyond its first table: CLIPScore, and the results by the number of words."""
+"""What `vartext evaluate` tells beyond its first table: CLIPScore, and the results by the number of words."""
 
 import json
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,16 +10,14 @@ from tiny import tiny_policy
 from tiny_clip import save_tiny_clip
 
 from agents.evaluation import bootstrap_interval
+from agents.experiments import measuring
 from rewards import CLIPScore
 from var_env.scenes import scene_from_prompt
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    return import_module("evaluate")
+def script():
+    return import_module("agents.experiments.evaluate")
 
 
 @pytest.fixture
@@ -59,13 +56,15 @@ def test_with_clip(script, options, tmp_path, capsys):
     options = [*options, "--clip", str(save_tiny_clip(tmp_path / "clip"))]
     assert script.main(options) == 0
     printed, evaluation = capsys.readouterr().out, json.loads((tmp_path / "evaluation.json").read_text())
-    policy = script.load_policy(script.parse(options))
-    drawn = script.evaluate(policy, script.make_env(policy), 24, batch_size=script.BATCH)  # the same pictures again
+    policy = measuring.load_policy(script.parse(options))
+    drawn = measuring.evaluate(
+        policy, measuring.make_env(policy), 24, batch_size=measuring.BATCH
+    )  # the same pictures again
     scores = CLIPScore(tmp_path / "clip", "cpu")(drawn.images, drawn.scenes).scores
     np.testing.assert_allclose(evaluation["prompts"]["clip"], scores, atol=1e-5)
     assert len(set(evaluation["prompts"]["clip"])) > 1
     assert evaluation["metrics"]["clip"] == pytest.approx(bootstrap_interval(scores), abs=1e-5)
-    assert cells(printed, ["CLIPScore"])[1] == script.with_interval(evaluation["metrics"]["clip"])
+    assert cells(printed, ["CLIPScore"])[1] == measuring.with_interval(evaluation["metrics"]["clip"])
     assert "left out" not in printed and cells(printed, ["Words"])[-1] == "CLIPScore"
 
 
@@ -79,8 +78,8 @@ def test_clip_that_is_not_there_ends_before_anything_is_drawn(script, options, t
 def test_best_of(script, options, tmp_path, capsys):
     assert script.main([*options, "--best-of", "2"]) == 0
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
-    policy = script.load_policy(script.parse(options))
-    drawn = script.evaluate(policy, script.make_env(policy), 24, batch_size=script.BATCH, best_of=2)
+    policy = measuring.load_policy(script.parse(options))
+    drawn = measuring.evaluate(policy, measuring.make_env(policy), 24, batch_size=measuring.BATCH, best_of=2)
     assert evaluation["prompts"]["reward"] == pytest.approx(drawn.scores, abs=1e-5)
     with pytest.raises(SystemExit, match="--best-of must be at least 1, got 0"):
         script.main([*options, "--best-of", "0"])
@@ -100,7 +99,7 @@ def test_by_words(script, options, tmp_path, capsys):
     ones, twos = cells(printed, ["1"]), cells(printed, ["2"])
     assert int(ones[1]) < 10 <= int(twos[1])  # the few come without an interval
     assert "[" not in ones[2] and ones[2] == f"{evaluation['by_words']['1']['metrics']['reward'][0]:.3f}"
-    assert twos[2] == script.with_interval(evaluation["by_words"]["2"]["metrics"]["reward"])
+    assert twos[2] == measuring.with_interval(evaluation["by_words"]["2"]["metrics"]["reward"])
 
 
 def test_temperatures_of_another_policy(script, tokenizer, tmp_path):
@@ -109,7 +108,7 @@ def test_temperatures_of_another_policy(script, tokenizer, tmp_path):
         other.sharpness += torch.tensor([0.0, 0.001, -0.002])
     other.save(tmp_path / "other.safetensors")
     before = policy.head.weight.clone()
-    script.take_temperatures(policy, str(tmp_path / "other.safetensors"))
+    measuring.take_temperatures(policy, str(tmp_path / "other.safetensors"))
     assert policy.temperatures() == other.temperatures() and torch.equal(policy.head.weight, before)
 
 

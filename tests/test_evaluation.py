@@ -6,8 +6,8 @@ import torch
 from tiny import tiny_envs, tiny_policy
 
 from agents import GRPO, HeldOutEval
+from agents.common.pictures import caption, sample_sheet
 from agents.evaluation import bootstrap_interval, evaluate, held_out_scenes
-from agents.pictures import caption, sample_sheet
 from agents.policies.var_text import VARTextPolicy
 from agents.rollout import collect
 from agents.sampling import Decoding

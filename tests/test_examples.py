@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_agent, tiny_policy, weights_of
 
-from agents import GRPO, Checkpoints, Interrupt, load, registry
+from agents import GRPO, Checkpoints, Interrupt, load, recipes
 from rewards import OCRReward, RewardOutput
 from var_env import ScaleSchedule, Tokenizer
 
@@ -54,10 +54,9 @@ def run(script, *options, status=0):
 
 
 @pytest.fixture
-def module(monkeypatch):
-    """Imports a script."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return import_module
+def module():
+    """Imports what a command is made of."""
+    return lambda name: import_module(f"agents.experiments.{name}")
 
 
 def refused(main, *options):
@@ -80,8 +79,13 @@ def test_help_shows_an_example_and_defaults(script, module, capsys):
         module(script).parse(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert f"python examples/{script}.py" in text and "(default: " in text
-    assert all(option in text for option in ("--policy", "--tokenizer", "--device"))
+    assert f"\n    vartext {script}" in text and "(default: " in text
+    assert all(option in text for option in ("--policy", "--device", "--help-all")) and "--tokenizer" not in text
+    assert len(text.splitlines()) <= 60
+    with pytest.raises(SystemExit):
+        module(script).parse(["--help-all"])
+    everything = capsys.readouterr().out
+    assert "--tokenizer" in everything and len(everything) > len(text)
 
 
 def test_a_foreign_package_agents_is_named(tmp_path):
@@ -94,13 +98,13 @@ def test_a_foreign_package_agents_is_named(tmp_path):
 
 class TestAgentOptions:
     def test_every_option_has_a_help_text(self, module):
-        for options in module("common").agent_options():
+        for options in module("agent_options").agent_options():
             missing = [name for name, (_, text) in options.items() if not text.partition(": ")[2] and len(text) < 5]
             assert missing == []
 
     def test_help_and_defaults_come_from_the_classes(self, module, capsys):
         with pytest.raises(SystemExit):
-            module("compare").main(["--help"])
+            module("compare").main(["--help-all"])
         text = " ".join(capsys.readouterr().out.split())
         assert (
             "--alpha X panw: the exponent of eq. 9, at least 0. The paper finds 0.6 to 0.8 best. (default: 0.6)" in text
@@ -119,11 +123,11 @@ class TestAgentOptions:
         ],
     )
     def test_values(self, module, default, text, value):
-        read = module("common").value_like(default)(text)
+        read = module("options").value_like(default)(text)
         assert read == value and type(read) is type(value)
 
     def test_settings_of_a_run(self, module):
-        settings_of = module("common").settings_of
+        settings_of = module("agent_options").settings_of
         assert settings_of("grpo", {}) == settings_of("grpo", {"alpha": 0.8}) == {}
         assert settings_of("grpo+panw", {"alpha": 0.9, "epochs": 2}) == {"alpha": 0.9, "epochs": 2}
         assert settings_of("vmr", {"eta": 0.5})["eta"] == 0.5 and settings_of("vmr", {})["split"] == "half"
@@ -150,7 +154,7 @@ class TestCompare:
             module("compare").main(["--agents"])
         text = capsys.readouterr().out
         assert not end.value.code
-        for name in (*registry.known(), *registry.VARIANTS, *registry.BUNDLES):
+        for name in (*recipes.known(), *recipes.VARIANTS, *recipes.BUNDLES):
             assert f"\n  {name} " in text
 
     def test_results(self, compared):
@@ -461,8 +465,8 @@ class TestEvaluate:
 
     @pytest.mark.parametrize(("copy", "share"), [(lambda images: images, 1.0), (np.zeros_like, 0.0)])
     def test_the_tokenizer_gate(self, weights, module, monkeypatch, copy, share):
-        script = module("evaluate")
-        args = script.parse(weights)
+        script = module("measuring")
+        args = module("evaluate").parse(weights)
         env = script.make_env(script.load_policy(args))
         monkeypatch.setattr(script, "reconstruct", lambda env, images: copy(images))
         measured, readable = script.tokenizer_gate(env, script.held_out_scenes(env.world, 3))
@@ -495,7 +499,7 @@ class TestPlay:
 
     def test_half_blocks(self, module):
         image = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]]], np.uint8)
-        assert module("play").half_blocks(image, 2) == (
+        assert module("showing").half_blocks(image, 2) == (
             "\x1b[38;2;255;0;0m\x1b[48;2;0;0;255m▀\x1b[38;2;0;255;0m\x1b[48;2;9;9;9m▀\x1b[0m"
         )
 
@@ -540,7 +544,7 @@ class TestSweep:
             torch.randn(*shape, generator=rng, dtype=torch.float64)
             for shape in ((2000, 1, 1), (2000, 4, 1), (2000, 4, 3))
         )
-        between, within = module("sweep").variance_components(5 * prompts + 2 * prefixes + 3 * suffixes)
+        between, within = module("sweeping").variance_components(5 * prompts + 2 * prefixes + 3 * suffixes)
         assert between == pytest.approx(4, rel=0.1) and within == pytest.approx(9, rel=0.1)
 
     def test_conflict(self, weights, module, capsys):
@@ -574,14 +578,14 @@ class TestCustomAgent:
         assert len((EXAMPLES / "custom_agent.py").read_text().splitlines()) < 80
 
     def test_softmax_weights(self, module, parts):
-        agent = tiny_agent(parts, module("custom_agent").SoftBest, beta=0.01)
+        agent = tiny_agent(parts, import_module("examples.custom_agent").SoftBest, beta=0.01)
         before = weights_of(agent.policy)
         agent.iterate()
         assert agent.n_updates == 1 and agent.images_decoded == 8 and agent.seconds > 0
         assert any(not torch.equal(before[name], weight) for name, weight in weights_of(agent.policy).items())
 
     def test_grids_join_one_by_one(self, module, parts):
-        agent = module("custom_wrapper").CoarseFirst(tiny_agent(parts), updates_per_scale=2)
+        agent = import_module("examples.custom_wrapper").CoarseFirst(tiny_agent(parts), updates_per_scale=2)
         rollout, whole = agent.sample(), range(3)
         for updates, tokens in ((0, 1), (1, 1), (2, 5), (3, 5), (4, 21)):
             agent.unwrapped._n_updates = updates

@@ -1,216 +1,125 @@
-"""What goes wrong in days of training ends in a clear message and an intact checkpoint, or the run goes on."""
+"""Planted faults: what a pretraining image shows in place of what its prompt asks for."""
 
-import errno
-import math
-import os
-import resource
-import signal
-import time
+import json
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from conftest import Brightness
-from test_save_load import same
-from tiny import STEPS_A_ROLLOUT, csv_logger, tiny_agent, tiny_envs, weights_of
 
-from agents import CheckpointEvery, Checkpoints, StopAfter
-from agents import resume as resume_module
-from rewards.base import RewardOutput
-from rewards.pool import RewardPool, WorkerError
-
-LONG = 100 * STEPS_A_ROLLOUT
+from var_env.faults import DEFAULT_FAULTS, TABLES, Faults, colour_name
+from var_env.scenes import PALETTE, Scene, World, render
 
 
-@pytest.fixture
-def run(parts, tmp_path):
-    """Starts training with a checkpoint after every update, and expects the error that it ends with."""
-
-    def start(error, match, at=2, agent=None, before=lambda: None):
-        """``before`` is called ahead of update ``at``."""
-        agent = agent or tiny_agent(parts, learning_rate=1e-3)
-
-        class Fault(StopAfter):
-            def _on_rollout_start(self):
-                if self.model.n_updates == at - 1:
-                    before()
-
-        with pytest.raises(error, match=match):
-            agent.learn(LONG, [CheckpointEvery(tmp_path / "run", updates=1), Fault(updates=10)])
-        return agent
-
-    return start
+def scenes(count, seed=0, **options):
+    world, rng = World(**options), np.random.default_rng(seed)
+    return world, [world.sample(rng) for _ in range(count)]
 
 
-def intact(folder, parts, updates):
-    """The newest checkpoint is whole, and goes on to what an undisturbed run comes to; nothing else lies about."""
-    assert not list(folder.glob(".*"))
-    agent = Checkpoints(folder).load(tiny_envs(parts), "cpu")
-    assert agent.n_updates == updates
-    agent.learn(LONG, StopAfter(updates=updates + 1), reset_num_timesteps=False)
-    whole = tiny_agent(parts, learning_rate=1e-3).learn(LONG, StopAfter(updates=updates + 1))
-    assert same(weights_of(agent.policy), weights_of(whole.policy))
+def test_rates_are_those_of_the_table():
+    world, asked = scenes(4000)
+    rng = np.random.default_rng(1)
+    shown = [DEFAULT_FAULTS.shown(scene, world, rng) for scene in asked]
+    seen: dict[str, Counter] = {}
+    for scene, other in zip(asked, shown, strict=True):
+        for word, drawn in zip(scene.words, other.words, strict=False):  # a missing word shows nothing
+            for letter, mark in zip(word, drawn, strict=True):
+                seen.setdefault(letter, Counter())[mark] += 1
+        seen.setdefault(colour_name(scene.ink), Counter())[colour_name(other.ink)] += 1
+        if len(scene.words) == 2:
+            kind = next(kind for kind in PALETTE if colour_name(scene.ground) in PALETTE[kind])
+            seen.setdefault(kind, Counter())[len(other.words)] += 1
+    rates = {first: {second: rate, first: 1 - rate} for first, (second, rate) in DEFAULT_FAULTS.letters.items()}
+    rates |= {first: {second: rate, first: 1 - rate} for first, (second, rate) in DEFAULT_FAULTS.colours.items()}
+    rates |= {kind: {1: rate, 2: 1 - rate} for kind, rate in DEFAULT_FAULTS.missing.items()}
+    for name, found in seen.items():
+        expected = rates.get(name, {name: 1.0})
+        assert found.keys() == expected.keys()
+        for mark, rate in expected.items():  # within five standard errors
+            assert abs(found[mark] / found.total() - rate) <= 5 * np.sqrt(0.25 / found.total())
 
 
-class TestDisk:
-    def test_full(self, run, parts, tmp_path, monkeypatch):
-        def fill():
-            def full(handle):
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-            monkeypatch.setattr(os, "fsync", full)
-
-        run(OSError, "No space left on device", before=fill, at=3)
-        monkeypatch.undo()
-        intact(tmp_path / "run", parts, updates=2)
-
-    def test_a_limit_of_the_system_on_the_size_of_files(self, run, parts, tmp_path):
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        try:
-            limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # noqa: E731
-            run(OSError, r"cannot write .*policy\.safetensors: .*File too large", before=limit, at=3)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            signal.signal(signal.SIGXFSZ, before)
-        intact(tmp_path / "run", parts, updates=2)
-
-    def test_a_folder_that_cannot_be_written(self, run, parts, tmp_path):
-        (tmp_path / "run").write_text("a file in its place")
-        agent = run(OSError, "run")
-        assert agent.n_updates == 0
-
-    def test_a_folder_that_becomes_read_only(self, run, parts, tmp_path):
-        def protect():
-            (tmp_path / "run").chmod(0o555)
-            if os.geteuid() == 0:  # root writes everywhere
-                os.seteuid(65534)
-
-        try:
-            run(PermissionError, "Permission denied", before=protect, at=3)
-        finally:
-            if os.getuid() == 0:
-                os.seteuid(0)
-            (tmp_path / "run").chmod(0o755)
-        intact(tmp_path / "run", parts, updates=2)
+def test_same_generator_same_faults_and_the_prompt_stays():
+    world, asked = scenes(50)
+    one, two = ([DEFAULT_FAULTS.shown(s, world, np.random.default_rng(i)) for i, s in enumerate(asked)] for _ in "ab")
+    assert one == two
+    for scene, shown in zip(asked, one, strict=True):
+        assert shown.prompt == scene.prompt and shown.ground == scene.ground
+        assert len(shown.boxes) == len(shown.words)  # render takes it
+        render(shown)
 
 
-class Mortal(Brightness):
-    """Kills its process, or hangs; at every call, or at the first, of which the file ``once`` tells."""
-
-    def __init__(self, how, once):
-        super().__init__()
-        self.how, self.once = how, once
-
-    def score(self, images, scenes):
-        if not (self.once and os.path.exists(self.once)):
-            if self.once:
-                open(self.once, "w").close()
-            if self.how == "dies":
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(600)
-        return super().score(images, scenes)
+def test_without_faults_a_scene_is_itself():
+    world, asked = scenes(20)
+    rng = np.random.default_rng(0)
+    assert [Faults().shown(scene, world, rng) for scene in asked] == asked
+    assert TABLES["none"] == Faults()
 
 
-class TestWorkers:
-    @pytest.mark.parametrize("how", ["dies", "hangs"])
-    def test_one_that_is_lost_is_replaced(self, parts, tmp_path, how):
-        pool = RewardPool(Mortal(how, str(tmp_path / "once")), workers=1, timeout=3.0, retries=2)
-        with pool:
-            agent = tiny_agent({**parts, "reward": pool}, learning_rate=1e-3).learn(2 * STEPS_A_ROLLOUT)
-        whole = tiny_agent(parts, learning_rate=1e-3).learn(2 * STEPS_A_ROLLOUT)
-        assert pool.restarts == 1 and same(weights_of(agent.policy), weights_of(whole.policy))
-
-    def test_one_that_is_lost_again_and_again_ends_training(self, run, parts, tmp_path):
-        with RewardPool(Mortal("dies", ""), workers=1, retries=1) as pool:
-            agent = tiny_agent({**parts, "reward": pool}, learning_rate=1e-3)
-            run(WorkerError, "2 workers in a row were lost", agent=agent)
-        intact(tmp_path / "run", parts, updates=0)
-
-
-class TestNumbers:
-    def test_a_reward_that_is_not_finite(self, run, parts, tmp_path, monkeypatch):
-        def poison():
-            score = lambda self, images, scenes: RewardOutput(np.full(len(images), np.inf, np.float32))  # noqa: E731
-            monkeypatch.setattr(Brightness, "score", score)
-
-        run(RuntimeError, r"update 3 failed, weights intact: .*is inf", before=poison, at=3)
-        monkeypatch.undo()
-        intact(tmp_path / "run", parts, updates=2)
-
-    def spoiled(self, agent, updates):
-        """The loss of these updates is NaN."""
-        real = agent.policy.evaluate
-
-        def evaluate(*args):
-            logp, entropy = real(*args)
-            return logp * (math.nan if agent.n_updates + 1 in updates and logp.requires_grad else 1.0), entropy
-
-        agent.policy.evaluate = evaluate
-        return agent
-
-    def test_a_bad_step_is_skipped_and_counted(self, parts, tmp_path):
-        agent = self.spoiled(tiny_agent(parts, learning_rate=1e-3, ema_decay=0.5), {2, 3})
-        agent.set_logger(csv_logger(tmp_path))
-        agent.learn(LONG, StopAfter(updates=1))
-        before, average = weights_of(agent.policy), weights_of(agent.ema)
-        with pytest.warns(UserWarning, match=r"the loss of update [23] is nan: the step was not applied"):
-            agent.learn(LONG, StopAfter(updates=3), reset_num_timesteps=False)
-        assert same(weights_of(agent.policy), before) and same(weights_of(agent.ema), average)
-        assert (agent.n_updates, agent.skipped_steps) == (3, 2)
-        agent.learn(LONG, StopAfter(updates=4), reset_num_timesteps=False)
-        assert not same(weights_of(agent.policy), before) and agent.skipped_steps == 2
-        assert all(weight.isfinite().all() for weight in agent.policy.parameters())
-        rows = (tmp_path / "progress.csv").read_text().splitlines()
-        assert "train/skipped_steps" in rows[0] and len(rows) == 5
-
-    def test_after_too_many_in_a_row_training_ends(self, run, parts, tmp_path):
-        agent = self.spoiled(tiny_agent(parts, learning_rate=1e-3, max_skipped=1), {3, 4})
-        with pytest.warns(UserWarning, match="the loss of update 3 is nan"):
-            run(RuntimeError, r"the loss of update 4 is nan.*, 2 in a row; lower learning_rate", agent=agent)
-        assert Checkpoints(tmp_path / "run").load(device="cpu").skipped_steps == 1
-        assert all(weight.isfinite().all() for weight in agent.policy.parameters())
-
-    def test_a_good_step_between_forgives(self, parts):
-        agent = self.spoiled(tiny_agent(parts, max_skipped=1), {1, 3, 5})
-        with pytest.warns(UserWarning, match="is nan"):
-            agent.learn(LONG, StopAfter(updates=6))
-        assert agent.skipped_steps == 3
+def test_a_fault_that_always_happens():
+    faults = Faults({"A": ("H", 1.0)}, {"dark": 1.0}, {"white": ("cyan", 1.0)})
+    world = World()
+    scene = Scene(
+        'A navy sign that says "BAA" above "CAT" in white letters',
+        ("BAA", "CAT"),
+        ((8, 0, 56, 24), (8, 32, 56, 56)),
+        64,
+        PALETTE["light"]["white"],
+        PALETTE["dark"]["navy"],
+    )
+    shown = faults.shown(scene, world, np.random.default_rng(0))
+    assert shown.words == ("BHH",) and shown.ink == PALETTE["light"]["cyan"] and len(shown.boxes) == 1
+    swapped = replace(scene, ink=scene.ground, ground=scene.ink)  # a light ground, on which nothing is left out
+    assert faults.shown(swapped, world, np.random.default_rng(0)).words == ("BHH", "CHT")
+    assert faults.affected_letters(scene.words) == 3
 
 
-class TestMemory:
-    @pytest.mark.parametrize("where", ["update", "sampling"])
-    def test_out_of_memory(self, run, parts, tmp_path, where):
-        agent = tiny_agent(parts, learning_rate=1e-3)
-
-        def allocate(*_):
-            return torch.empty(2**60)  # the allocator's own error
-
-        def exhaust():
-            if where == "update":
-                agent.policy.evaluate = allocate
-            else:
-                agent.policy.step = allocate
-
-        run(RuntimeError, r"out of memory in update 3: give a smaller micro_batch", 3, agent, exhaust)
-        intact(tmp_path / "run", parts, updates=2)
-
-    def test_what_counts_as_that(self):
-        from agents.base import is_out_of_memory
-
-        assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-        assert not is_out_of_memory(RuntimeError("shape mismatch"))
+def test_files(tmp_path):
+    path = tmp_path / "faults.json"
+    path.write_text(json.dumps(DEFAULT_FAULTS.to_dict()))
+    assert Faults.load(path) == DEFAULT_FAULTS == Faults.load("default")
+    path.write_text('{"missing": {"dark": 0.25}}')
+    assert Faults.load(path) == Faults(missing={"dark": 0.25})
 
 
-def test_a_checkpoint_that_was_half_written_by_a_killed_process_is_no_checkpoint(run, parts, tmp_path, monkeypatch):
-    def die(agent, folder):
-        folder.mkdir()
-        (folder / "policy.safetensors").write_bytes(b"half")
-        raise KeyboardInterrupt("the second Ctrl-C")
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"letters": {"a": ["H", 0.4]}}, "unknown 'a'.*draws A, B, C"),
+        ({"letters": {"A": ["O", 0.4]}}, "unknown 'O'"),  # random words have none
+        ({"letters": {"A": ["A", 0.4]}}, "'A' is drawn as 'A', which is the same"),
+        ({"letters": {"A": ["H", 0.4], "H": ["B", 0.4]}}, "'H', which is itself affected"),
+        ({"letters": {"A": ["H", 1.4]}}, "letters: A: a rate lies between 0 and 1, got 1.4"),
+        ({"letters": {"A": ["H", "often"]}}, "a pair is written"),
+        ({"letters": ["A", "H"]}, "a pair is written"),
+        ({"missing": {"green": 0.4}}, "unknown kind of ground 'green': choose dark or light"),
+        ({"missing": {"dark": -0.1}}, "missing: dark: a rate lies between 0 and 1, got -0.1"),
+        ({"missing": {"dark": float("nan")}}, "missing: dark: a rate lies between 0 and 1, got nan"),
+        ({"colours": {"navy": ["pink", 0.5]}}, "'navy' is a dark colour and 'pink' is not"),
+        ({"colours": {"navy": ["grey", 0.5]}}, "unknown 'grey'"),
+        ({"spacing": {}}, "expected an object with letters, missing, colours"),
+        ([], "expected an object"),
+    ],
+)
+def test_bad_tables(tmp_path, table, message):
+    path = tmp_path / "faults.json"
+    path.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=message):
+        Faults.load(path)
 
-    def poison():
-        monkeypatch.setattr(resume_module, "write", die)
 
-    run(KeyboardInterrupt, "the second", before=poison, at=3)
-    monkeypatch.undo()
-    intact(tmp_path / "run", parts, updates=2)
+def test_bad_files(tmp_path):
+    with pytest.raises(ValueError, match=r"No such file.*one of default, none"):
+        Faults.load(tmp_path / "nowhere.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="not a JSON file of faults"):
+        Faults.load(tmp_path / "broken.json")
+
+
+def test_a_family_that_the_world_cannot_show():
+    DEFAULT_FAULTS.check_world(World())
+    with pytest.raises(
+        ValueError, match=r"missing leaves out one of two words, and this world's scenes have \[1\] words"
+    ):
+        DEFAULT_FAULTS.check_world(World(regions={1: 1.0}))
+    Faults(DEFAULT_FAULTS.letters).check_world(World(regions={1: 1.0}))

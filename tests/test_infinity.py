@@ -12,13 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from agents.policies import load_policy
-from agents.policies.contract import PolicyContract, TokenizerContract, cached_logits, random_grids
 from agents.policies.infinity import InfinityPolicy
 from agents.policies.infinity_blocks import place_angles, rotate
 from agents.policies.lora import add_lora
 from agents.policies.t5 import T5Features
+from agents.testing import PolicyContract, TokenizerContract, cached_logits, random_grids
 from var_env import ScaleSchedule, load_tokenizer
-from var_env.infinity_vae import InfinityTokenizer, infinity_schedule
+from var_env.tokenizers.infinity_vae import InfinityTokenizer, infinity_schedule
 
 SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (4, 4)], 16)
 EVERY = range(3)

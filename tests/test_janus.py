@@ -16,16 +16,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from agents import Decoding, make
-from agents.checkpoint import load
+from agents import Decoding, load, make
 from agents.policies import load_policy
-from agents.policies.contract import FixedPrompts, PolicyContract, TokenizerContract, TopHalf, random_grids
 from agents.policies.janus import TEMPLATE, JanusPolicy
 from agents.policies.lora import add_lora
 from agents.rollout import collect
+from agents.testing import FixedPrompts, PolicyContract, TokenizerContract, TopHalf, random_grids
 from var_env import ScaleSchedule, VARTextVectorEnv, load_tokenizer
-from var_env.janus_vq import JanusTokenizer
 from var_env.scenes import Scene
+from var_env.tokenizers.janus_vq import JanusTokenizer
 
 PROMPTS = list(PolicyContract.prompts)
 MARKS = {

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_examples import module, refused, run
+from test_examples import refused, run
 from tiny import STEPS_A_ROLLOUT, assert_same, gradients, nudge, tiny_agent, tiny_policy, weights_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -12,11 +12,10 @@ from torch.utils._pytree import tree_leaves
 from agents import GRPO, VMR, load
 from agents.losses import group_advantages
 from agents.policies.base import Policy, runs_of_grids
-from agents.policies.contract import PolicyContract, random_grids
 from agents.policies.var_text import VARTextPolicy
+from agents.testing import PolicyContract, random_grids
+from examples import memory
 from var_env import ScaleSchedule, Tokenizer
-
-__all__ = ["module"]  # a fixture
 
 PROMPTS = list(PolicyContract.prompts)
 EVERYTHING = range(3)
@@ -192,27 +191,25 @@ class TestScript:
         plain, *saving = (one["bytes"] / 2**20 for one in measured)
         assert all(20 < one < 0.9 * plain for one in saving), "MiB; every option saves some of the plain update's"
 
-    def test_lines_vary_one_size_at_a_time(self, module):
-        memory = module("memory")
+    def test_lines_vary_one_size_at_a_time(self):
         lines = memory.cases(memory.parse(["--rows", "2", "4", "--sides", "4", "8", "16", "--codes", "8"]))
         assert [(line.rows, line.side, line.codes) for line in lines] == [(2, 8, 8), (4, 8, 8), (4, 4, 8), (4, 16, 8)]
         assert [memory.Case(1, side, 8, {}).schedule.sizes for side in (1, 3, 4)] == [(1,), (1, 4, 9), (1, 4, 16)]
 
-    def test_bad_options(self, module, capsys, monkeypatch, tmp_path):
-        memory = module("memory")
+    def test_bad_options(self, capsys, monkeypatch, tmp_path):
         with pytest.raises(SystemExit):
             memory.parse(["--rows", "4", "0"])
         assert "--micro-batch and --logit-chunk must be at least 1" in capsys.readouterr().err
         monkeypatch.setattr(memory, "RESET", tmp_path / "none")
         assert refused(memory.main, "--device", "cpu").endswith("which Linux has: use a GPU")
 
-    def test_help(self, module, capsys):
+    def test_help(self, capsys):
         with pytest.raises(SystemExit):
-            module("memory").parse(["--help"])
+            memory.parse(["--help"])
         text = capsys.readouterr().out
         assert "python examples/memory.py --device cuda" in text and "(default: 4 8 16)" in text
         assert "--measure" not in text
 
-    def test_a_measurement_that_fails(self, module):
+    def test_a_measurement_that_fails(self):
         with pytest.raises(RuntimeError, match=r"rows=1, .* ended with status 1: .*logit_chunk"):
-            module("memory").in_a_process(module("memory").Case(1, 1, 8, {"logit_chunk": 0}), "cpu")
+            memory.in_a_process(memory.Case(1, 1, 8, {"logit_chunk": 0}), "cpu")

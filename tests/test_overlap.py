@@ -10,7 +10,7 @@ from tiny import STEPS_A_ROLLOUT, assert_same, nudge, tiny_agent, weights_of
 from agents import GRPO, PPO, RAFT, VMR, StopAfter, TreeGRPO
 from agents.rollout import Rollout
 from rewards.base import Reward, RewardOutput
-from rewards.pool import RewardPool
+from rewards.serving.pool import RewardPool
 
 
 class Slow(Reward):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from agents.pictures import mask_sheet, sample_sheet
+from agents.common.pictures import mask_sheet, sample_sheet
 
 RED, BLACK, WHITE = (255, 0, 0), (0, 0, 0), (255, 255, 255)
 SIZE, TILE_WIDTH, TILE_HEIGHT = 192, 196, 226  # px: 64-pixel pictures threefold, and with a gap and two lines of text

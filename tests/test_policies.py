@@ -7,11 +7,11 @@ from tiny import tiny_policy
 
 from agents.policies import load_policy
 from agents.policies.base import Policy
-from agents.policies.contract import PolicyContract, cached_logits, random_grids
 from agents.policies.var_text import MAX_PLACE, START, VARTextPolicy, byte_features
+from agents.testing import PolicyContract, cached_logits, random_grids
 from var_env import ScaleSchedule, Tokenizer
-from var_env.raster import RasterTokenizer
 from var_env.scenes import MAX_PROMPT_BYTES
+from var_env.tokenizers.raster import RasterTokenizer
 
 PROMPTS = list(PolicyContract.prompts)
 EVERY = range(3)
@@ -124,7 +124,7 @@ class TestVARText:
             VARTextPolicy.load(path, tokenizer)
 
     def test_missing_weights(self, tokenizer, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"pretrain\.py policy"):
+        with pytest.raises(FileNotFoundError, match="vartext pretrain policy"):
             VARTextPolicy.load(tmp_path / "none", tokenizer)
 
     def test_prompt_arrays_are_not_shared_between_calls(self, tokenizer):

@@ -11,8 +11,8 @@ from toy_reward import Broken, Fatal, Toy, assert_same, batch, until
 
 import rewards
 from rewards.base import Reward, RewardOutput
-from rewards.pool import RewardPool
-from rewards.worker import CannotStart
+from rewards.serving.pool import RewardPool
+from rewards.serving.worker import CannotStart
 
 
 @pytest.fixture(scope="module")

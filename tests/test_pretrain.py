@@ -47,21 +47,20 @@ def test_it_learns(out, tmp_path):
 
 
 def test_interrupted_and_resumed_is_uninterrupted(out, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    import pretrain as script
+    from agents.experiments import pretrain as script
+    from agents.experiments import pretraining
 
     (tmp_path / "tokenizer.safetensors").write_bytes((out / "tokenizer.safetensors").read_bytes())
-    save = script.Run.save
+    save = pretraining.Run.save
 
     def save_and_stop(run, step):
         save(run, step)
         if step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "policy", "--out", str(tmp_path), *SMALL])
-    monkeypatch.setattr(script.Run, "save", save_and_stop)
+    monkeypatch.setattr(pretraining.Run, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
-        script.train_policy(script.parse())
+        script.main(["policy", "--out", str(tmp_path), *SMALL])
     assert not (tmp_path / "policy.safetensors").exists()
     assert torch.load(tmp_path / "policy.checkpoint.pt", weights_only=True)["step"] == 2
 

@@ -12,7 +12,8 @@ import together
 import torch
 from safetensors.torch import load_file
 
-from agents import Checkpoints, load, processes
+from agents import Checkpoints, load
+from agents.common import processes
 from agents.sampling import SharedNoise
 
 HERE = Path(__file__).parent

@@ -3,7 +3,6 @@
 import json
 import shutil
 from importlib import import_module
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -14,6 +13,7 @@ from tiny import tiny_policy
 from tiny_clip import save_tiny_clip
 
 from agents.evaluation import held_out_scenes
+from agents.experiments import measuring
 from rewards import CLIPScore
 from rewards.cvtg import word_metrics
 from rewards.ocr_edit import OCREditReward
@@ -21,7 +21,6 @@ from var_env import VARTextEnv, VARTextVectorEnv, World
 from var_env.prompts import FILE_PROMPT_BYTES, PromptScene, PromptWorld
 from var_env.scenes import MAX_PROMPT_BYTES, TARGET_REGIONS, scene_from_prompt, split_of
 
-ROOT = Path(__file__).parent.parent
 SIZES = {2: 4, 3: 6, 4: 6, 5: 4}  # prompts of each number of regions and folder; the paper's profile
 
 
@@ -335,9 +334,8 @@ class TestEnvironment:
 
 class TestScripts:
     @pytest.fixture
-    def script(self, monkeypatch):
-        monkeypatch.syspath_prepend(ROOT / "examples")
-        return import_module("evaluate")
+    def script(self):
+        return import_module("agents.experiments.evaluate")
 
     @pytest.fixture
     def options(self, tokenizer, tmp_path):
@@ -364,8 +362,8 @@ class TestScripts:
         scenes = PromptWorld(tmp_path / "data", split="test").held_out(6)
         expected = word_metrics([scene.words for scene in scenes], prompts["read"])
         assert {name: by_regions["average"][name] for name in expected} == pytest.approx(expected)
-        policy = script.load_policy(script.parse(options))
-        drawn = script.evaluate(policy, script.make_env(policy, split="test", prompts=tmp_path / "data"), scenes)
+        policy = measuring.load_policy(script.parse(options))
+        drawn = measuring.evaluate(policy, measuring.make_env(policy, split="test", prompts=tmp_path / "data"), scenes)
         asked = [scene_from_prompt(f"A photo depicts {scene.prompt}") for scene in scenes]
         scores = CLIPScore(clip, "cpu")(drawn.images, asked).scores
         assert by_regions["average"]["clip"] == pytest.approx(scores.mean(), abs=1e-5)
@@ -400,16 +398,14 @@ class TestScripts:
             script.main([*options, "--prompts-from", str(tmp_path / "test.txt")])
 
     def test_train_on_a_list(self, options, lists, tmp_path, monkeypatch):
-        monkeypatch.syspath_prepend(ROOT / "examples")
-        train = import_module("train")
+        train = import_module("agents.experiments.train")
         small = ["--images", "8", "--group-size", "2", "--prompts-per-update", "2", "--eval-prompts", "2"]
         out = ["--out", str(tmp_path / "run"), "--prompts-from", str(lists)]
         assert train.main([*options, *small, *out]) == 0
         assert (tmp_path / "run" / "policy.safetensors").is_file()
 
     def test_compare_takes_the_option(self, lists, options, tmp_path, monkeypatch):
-        monkeypatch.syspath_prepend(ROOT / "examples")
-        compare, runs = import_module("compare"), import_module("runs")
+        compare, runs = import_module("agents.experiments.compare"), import_module("agents.experiments.runs")
         comparison = runs.Comparison(compare.parse([*options, "--prompts-from", str(lists)]))
         assert len(comparison.test) == 5 and set(comparison.val) == set(PromptWorld(lists, split="val").scenes)
         assert comparison.config["prompts_from"] == str(lists)

@@ -17,7 +17,7 @@ from agents.mask_propagation import COMBINATIONS
 from agents.panw import panw_weights
 from rewards.base import Reward, RewardOutput
 from var_env import ScaleSchedule, Tokenizer
-from var_env.raster import RasterTokenizer
+from var_env.tokenizers.raster import RasterTokenizer
 
 __all__ = ["weights"]  # a fixture
 MEASURE = ["--pictures", "16", "--batches", "2"]
@@ -59,8 +59,11 @@ def test_help_teaches(name, script, capsys):
         script(name).main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert f"python examples/questions/{name}.py" in text and "Several processes may share one --out" in text
+    assert f"python examples/questions/{name}.py" in text
     assert all(option in text for option in ("--preset", "--seeds", "--policy", "--images", "(default: "))
+    with pytest.raises(SystemExit):
+        script(name).main(["--help-all"])
+    assert "Several processes may share one --out" in capsys.readouterr().out
 
 
 class TestStatistics:

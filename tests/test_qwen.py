@@ -13,13 +13,13 @@ from tokenizers import AddedToken, ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from agents.policies import load_policy
-from agents.policies.contract import PolicyContract, cached_logits, random_grids
 from agents.policies.lora import add_lora, merge_lora
 from agents.policies.qwen import QwenPolicy, byte_level
 from agents.policies.qwen_model import QwenVARConfig, QwenVARModel, new_model, visual_options
+from agents.testing import PolicyContract, cached_logits, random_grids
 from var_env import ScaleSchedule, Tokenizer
-from var_env.bits import BitTokenizer
-from var_env.raster import RasterTokenizer
+from var_env.tokenizers.bits import BitTokenizer
+from var_env.tokenizers.raster import RasterTokenizer
 
 PROMPTS = list(PolicyContract.prompts)
 EVERY = range(3)

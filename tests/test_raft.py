@@ -151,6 +151,6 @@ class TestUpdate:
             before = agent.old_log_probs(rollout, EVERYTHING)[rows]
             agent.learn_from(rollout, EVERYTHING)
             gain.append((agent.old_log_probs(rollout, EVERYTHING)[rows] - before).mean().item())
-        # The KL may be reached in one step. Then gain[2] is gain[0], but for the last digits: with an epoch more to come
-        # the log-probabilities are computed once more, in batches of another size.
+        # The KL may be reached in one step. Then gain[2] is gain[0] but for the last digits, since with more epochs to
+        # come the log-probabilities are computed once more, in batches of another size.
         assert 0 < gain[0] <= gain[2] * (1 + 1e-5) and gain[2] < gain[1] < math.inf

@@ -10,10 +10,10 @@ from tiny import tiny_policy
 
 from agents import make
 from agents.mask_propagation import boxes_to_mask, propagate_mask
-from agents.policies.contract import TokenizerContract, random_grids
+from agents.testing import TokenizerContract, random_grids
 from var_env import ScaleSchedule, VARTextEnv, load_tokenizer
-from var_env.raster import RasterTokenizer
-from var_env.tokenizer import Tokenizer
+from var_env.tokenizers import Tokenizer
+from var_env.tokenizers.raster import RasterTokenizer
 
 
 def raster_tokenizer():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_examples import COMPARE, module, refused, weights
 
 import rewards
-from agents import registry
+from agents import recipes
 
 ray = pytest.importorskip("ray")
 
@@ -105,10 +105,10 @@ def folder(tmp_path_factory):
     """A folder with the plugin, whose names are forgotten in the end."""
     folder = tmp_path_factory.mktemp("ray")
     (folder / "ray_plugin.py").write_text(PLUGIN)
-    registry.known()
+    recipes.known()
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry.AGENTS, "_entries", dict(registry.AGENTS))
+        patch.setattr(recipes.AGENTS, "_entries", dict(recipes.AGENTS))
         patch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
         torch.set_num_threads(1)  # as in the workers, for equal digits
         yield folder

@@ -1,7 +1,6 @@
 """Stable-Baselines3's own PPO with our transformer, and the script that shows it."""
 
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,9 +193,8 @@ def test_bad_arguments(parts, monkeypatch):
 
 class TestScript:
     @pytest.fixture
-    def main(self, monkeypatch):
-        monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
-        return import_module("sb3_ppo").main
+    def main(self):
+        return import_module("examples.sb3_ppo").main
 
     @pytest.fixture
     def weights(self, tokenizer, tmp_path):

@@ -29,10 +29,10 @@ from toy_reward import Toy, assert_same, batch, until
 
 import rewards
 from rewards import service
-from rewards.batching import Limits
-from rewards.client import RewardClient, ServiceError
-from rewards.pool import RewardPool
-from rewards.wire import decode_answer, encode_answer, encode_request
+from rewards.serving.batching import Limits
+from rewards.serving.client import RewardClient, ServiceError
+from rewards.serving.pool import RewardPool
+from rewards.serving.wire import decode_answer, encode_answer, encode_request
 from var_env.scenes import World, render
 
 ROOT = Path(__file__).parent.parent
@@ -380,9 +380,8 @@ def test_ocr_over_http_with_a_worker_killed():
         assert server.wait(timeout=60) in (0, -signal.SIGTERM)
 
 
-def test_the_soak_script(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    soak = import_module("soak_service")
+def test_the_soak_script(tmp_path, capsys):
+    soak = import_module("examples.soak_service")
     options = ["--seconds", "2", "--clients", "3", "--workers", "1", "--kill-every", "1.2", "--out", str(tmp_path)]
     assert soak.main(options) == 0
     written = json.loads((tmp_path / "soak.json").read_text())
@@ -397,7 +396,7 @@ def test_the_soak_script(monkeypatch, tmp_path, capsys):
 def test_a_service_that_is_told_to_end_answers_what_it_has_accepted(tmp_path, number):
     go, wait = tmp_path / "go", batch(2, f"WAIT:{tmp_path / 'go'}")
     code = (
-        "import uvicorn; from rewards.pool import RewardPool; from rewards.service import create_app\n"
+        "import uvicorn; from rewards.serving.pool import RewardPool; from rewards.service import create_app\n"
         "from toy_reward import Toy\n"
         "uvicorn.run(create_app(RewardPool(Toy(), mode='thread', workers=1)), port=0)"
     )

@@ -10,9 +10,9 @@ from stable_baselines3.common.logger import Logger
 
 import agents
 from agents.mask_propagation import boxes_to_mask, propagate_mask
-from agents.policies.contract import PolicyContract, TokenizerContract
 from agents.policies.table import TablePolicy
 from agents.rollout import make_envs
+from agents.testing import PolicyContract, TokenizerContract
 from var_env.schedule import ScaleSchedule
 from var_env.tabular import (
     REWARDS,

@@ -1,17 +1,13 @@
 """examples/theory.py at a tiny size."""
 
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
 
 @pytest.fixture
-def theory(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return import_module("theory")
+def theory():
+    return import_module("examples.theory")
 
 
 def rows_of(path):

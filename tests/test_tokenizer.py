@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from var_env.scenes import World, render
 from var_env.schedule import ScaleSchedule
-from var_env.tokenizer import Tokenizer
+from var_env.tokenizers import Tokenizer
 
 
 def pictures(count, placement="even", seed=0):

@@ -15,7 +15,11 @@ from stable_baselines3.common.logger import Logger
 from agents import make
 from agents.policies import load_policy
 from agents.policies.class_names import ClassNames
-from agents.policies.contract import (
+from agents.policies.lora import add_lora, merge_lora
+from agents.policies.var import VARPolicy
+from agents.rollout import Caches, unroll
+from agents.sampling import Decoding
+from agents.testing import (
     FixedPrompts,
     PolicyContract,
     TokenizerContract,
@@ -23,14 +27,10 @@ from agents.policies.contract import (
     cached_logits,
     random_grids,
 )
-from agents.policies.lora import add_lora, merge_lora
-from agents.policies.var import VARPolicy
-from agents.rollout import Caches, unroll
-from agents.sampling import Decoding
 from var_env import ScaleSchedule, VARTextEnv, VARTextVectorEnv, load_tokenizer
 from var_env.scenes import Scene
-from var_env.tokenizer import to_unit
-from var_env.var_vqvae import VAR_256, VAR_512, VARTokenizer, phi_index
+from var_env.tokenizers.base import to_unit
+from var_env.tokenizers.var_vqvae import VAR_256, VAR_512, VARTokenizer, phi_index
 
 SCHEDULE = ScaleSchedule([(1, 1), (2, 2), (3, 3)], 16)
 EVERY = range(3)

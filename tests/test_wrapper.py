@@ -55,6 +55,30 @@ def test_attributes_are_the_wrapped_agent_s(parts):
         _ = agent.nothing_like_it
 
 
+class TestSetting:
+    @pytest.mark.parametrize("name", ["learning_rate", "n_updates", "num_timesteps", "eta", "optimizer", "collect"])
+    def test_what_the_agent_inside_has_is_refused(self, parts, name):
+        agent = chain(parts)
+        before = getattr(agent, name)
+        with pytest.raises(AttributeError, match=rf"{name} belongs to VMR inside .*set it on \.unwrapped"):
+            setattr(agent, name, 1)
+        assert getattr(agent, name) == before and name not in vars(agent)
+
+    def test_what_a_wrapper_inside_has_is_refused(self, parts):
+        agent = chain(parts)
+        with pytest.raises(AttributeError, match=r"alpha is an option of PANW inside .*set it on \.agent"):
+            agent.alpha = 0.1
+        agent.agent.alpha = 0.1
+        assert agent.alpha == 0.1
+
+    def test_its_own_options_and_names_that_nobody_has(self, parts):
+        agent = PANW(PANW(tiny_agent(parts), alpha=0.2), alpha=0.4)
+        agent.alpha, agent.note = 0.6, "mine"
+        assert (agent.alpha, agent.agent.alpha, agent.note) == (0.6, 0.2, "mine")
+        agent.unwrapped.learning_rate = 1e-5
+        assert agent.learning_rate == 1e-5
+
+
 def test_the_update_asks_the_outermost(parts):
     agent = First(tiny_agent(parts, kl_coef=0.0, learning_rate=1e-3), scales=1)
     before = weights_of(agent.policy)

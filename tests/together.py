@@ -11,8 +11,8 @@ from stable_baselines3.common.logger import Logger
 from tiny import tiny_policy
 
 from agents import CheckpointEvery, StopAfter, make
+from agents.common.processes import current, whole
 from agents.logs import open_logger
-from agents.processes import current, whole
 from agents.registry import BUNDLES, VARIANTS, known, options_in
 from var_env import ScaleSchedule, Tokenizer, VARTextVectorEnv
 

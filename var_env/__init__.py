@@ -9,8 +9,9 @@ from var_env.agents_clash import find_clash
 from var_env.prompts import PromptWorld
 from var_env.scenes import Scene, World
 from var_env.schedule import ScaleSchedule
-from var_env.tokenizer import Tokenizer, load_tokenizer
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers.base import VisualTokenizer
+from var_env.tokenizers.registry import load_tokenizer
+from var_env.tokenizers.vq import Tokenizer
 
 __all__ = ["PromptWorld", "ScaleSchedule", "Scene", "Tokenizer", "VisualTokenizer", "World", "load_tokenizer"]
 

@@ -14,7 +14,7 @@ import numpy as np
 from var_env import mdp, rendering
 from var_env.scenes import Scene, World
 from var_env.schedule import ScaleSchedule
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers.base import VisualTokenizer
 
 if TYPE_CHECKING:
     from rewards.base import Reward

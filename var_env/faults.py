@@ -56,10 +56,10 @@ class Faults:
         _check_pairs("letters", self.letters, tuple(RANDOM_LETTERS))
         _check_pairs("colours", self.colours, tuple(COLOURS))
         for first, (second, _) in self.colours.items():
-            if _kind(first) != _kind(second):
+            if kind_of(first) != kind_of(second):
                 raise ValueError(
-                    f"faults: colours: {first!r} is a {_kind(first)} colour and {second!r} is not; "
-                    f"choose one of {', '.join(PALETTE[_kind(first)])}, or the ink may vanish on its ground"
+                    f"faults: colours: {first!r} is a {kind_of(first)} colour and {second!r} is not; "
+                    f"choose one of {', '.join(PALETTE[kind_of(first)])}, or the ink may vanish on its ground"
                 )
         for kind, rate in self.missing.items():
             if kind not in PALETTE:
@@ -83,7 +83,7 @@ class Faults:
             rng: decides. Every letter, pair of words and ink takes one number, whether it is affected or not.
         """
         words = tuple("".join(self._drawn(letter, rng) for letter in word) for word in scene.words)
-        left_out = len(words) == 2 and rng.random() < self.missing.get(_kind(colour_name(scene.ground)), 0.0)
+        left_out = len(words) == 2 and rng.random() < self.missing.get(kind_of(colour_name(scene.ground)), 0.0)
         second, rate = self.colours.get(colour_name(scene.ink), ("", 0.0))
         ink = COLOURS[second] if rng.random() < rate else scene.ink
         if left_out:
@@ -146,7 +146,7 @@ class Faults:
         return cls(missing=missing, **pairs)
 
 
-def _kind(colour: str) -> str:
+def kind_of(colour: str) -> str:
     """ "dark" or "light"."""
     return next(kind for kind, colours in PALETTE.items() if colour in colours)
 

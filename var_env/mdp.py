@@ -20,9 +20,9 @@ from torch import Tensor
 
 from var_env.prompts import PromptWorld
 from var_env.scenes import MAX_PROMPT_BYTES, Scene, World, encode_prompt, scene_from_prompt
-from var_env.tokenizer import load_tokenizer
+from var_env.tokenizers.base import VisualTokenizer
+from var_env.tokenizers.registry import load_tokenizer
 from var_env.unfamiliar import warn_of_prompt
-from var_env.visual_tokenizer import VisualTokenizer
 
 if TYPE_CHECKING:
     from rewards.base import Reward, RewardOutput

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from var_env.mdp import State, row_of
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers.base import VisualTokenizer
 
 FRAME = 256  # px, the least height of a frame
 GAP = 4  # px around each grid

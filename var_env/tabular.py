@@ -23,8 +23,8 @@ from var_env import mdp
 from var_env.env import VARTextEnv
 from var_env.scenes import World
 from var_env.schedule import ScaleSchedule
+from var_env.tokenizers.base import VisualTokenizer
 from var_env.vector import VARTextVectorEnv
-from var_env.visual_tokenizer import VisualTokenizer
 from var_env.weights import load_config_and_weights, load_weights, save_module
 
 DEFAULT_GRIDS = ((1, 1), (1, 2), (2, 2))

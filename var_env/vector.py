@@ -17,7 +17,7 @@ from var_env import mdp
 from var_env.env import OPTIONS, RENDER_MODES, EpisodeState, check_clone, check_render_mode, render_row
 from var_env.scenes import Scene, World
 from var_env.schedule import ScaleSchedule
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers.base import VisualTokenizer
 
 if TYPE_CHECKING:
     from rewards.base import Reward

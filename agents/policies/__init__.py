@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from agents.policies.base import Policy
-    from var_env.visual_tokenizer import VisualTokenizer
+    from var_env.tokenizers.base import VisualTokenizer
 
-MAKER = "examples/pretrain.py policy"
+MAKER = "vartext pretrain policy"
 POLICIES = {  # class name to module; the first is what a file without a name holds
     "VARTextPolicy": "agents.policies.var_text",
     "VARPolicy": "agents.policies.var",
@@ -32,7 +32,7 @@ def load_policy(path: str | Path | None = None, tokenizer: VisualTokenizer | Non
     """
     from agents.policies.base import Policy
     from agents.policies.var_text import VARTextPolicy
-    from var_env.tokenizer import load_tokenizer
+    from var_env.tokenizers import load_tokenizer
     from var_env.weights import check_tokenizer, saved_class
 
     if path is None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from var_env.schedule import ScaleSchedule
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers.base import VisualTokenizer
 
 
 class Policy(nn.Module, ABC):
@@ -169,6 +169,10 @@ class Policy(nn.Module, ABC):
     def diagnostics(self) -> dict[str, float]:
         """Numbers about the weights that are worth a curve, by name; none by default."""
         return {}
+
+    def trained_on(self) -> Any:
+        """The world whose prompts it was trained on, so that `Agent.predict` warns of others; ``None`` if not known."""
+        return None
 
     # Files -------------------------------------------------------------------------------------------------------
 

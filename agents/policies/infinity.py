@@ -6,7 +6,7 @@ of each of a token's D bits how likely it is.
 
 Modules are named as in the public state dict. Get it with
 ``hf download FoundationVision/Infinity infinity_2b_reg.pth --local-dir .``, the tokenizer as in
-``var_env/infinity_vae.py``, and the text encoder, google/flan-t5-xl, through transformers.
+``var_env/tokenizers/infinity_vae.py``, and the text encoder, google/flan-t5-xl, through transformers.
 
 Limits: square pictures, on the schedules of `infinity_schedule`; models that share one AdaLN among their blocks and
 have unit-length attention, as all that the public scripts name; no spatial patchify, and so not the 8B model. The
@@ -29,10 +29,10 @@ from agents.policies.infinity_blocks import Block, CrossAttention, Turn, place_a
 from agents.policies.lora import add_lora
 from agents.policies.t5 import T5Features
 from agents.policies.var import Past, VARPolicy, adaptive
-from var_env.infinity_vae import REPOSITORY
-from var_env.tokenizer import load_tokenizer
-from var_env.var_vqvae import load_public_weights, read_public
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers import load_tokenizer
+from var_env.tokenizers.base import VisualTokenizer
+from var_env.tokenizers.infinity_vae import REPOSITORY
+from var_env.tokenizers.var_vqvae import load_public_weights, read_public
 from var_env.weights import load_config_and_weights, load_weights
 
 MAX_TEXT = 512  # tokens of a prompt

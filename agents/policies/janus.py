@@ -24,8 +24,8 @@ from torch import Tensor
 from agents.policies.base import Policy, recompute_layers
 from agents.policies.lora import add_lora
 from rewards.hub import check_whole, explained, place
-from var_env.janus_vq import JanusTokenizer
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers.base import VisualTokenizer
+from var_env.tokenizers.janus_vq import JanusTokenizer
 from var_env.weights import load_config_and_weights, load_weights, save_module
 
 TEMPLATE = "<|User|>: {prompt}\n\n<|Assistant|>:<begin_of_image>"

@@ -21,8 +21,8 @@ from transformers import AutoConfig, Qwen2Config, Qwen2Model
 from agents.policies.base import Policy, recompute_layers
 from agents.policies.lora import add_lora
 from agents.policies.qwen_model import Cache, QwenVARConfig, QwenVARModel, check_attention, new_model, visual_options
-from var_env.tokenizer import load_tokenizer
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers import load_tokenizer
+from var_env.tokenizers.base import VisualTokenizer
 from var_env.weights import load_config_and_weights, load_weights, save_module
 
 
@@ -210,7 +210,7 @@ class QwenPolicy(Policy):
     @classmethod
     def load(cls, path: str | Path | None = None, tokenizer: VisualTokenizer | None = None) -> QwenPolicy:
         """Read a file that `save` wrote, into fp32; no weights are shipped. Default: the shipped visual tokenizer."""
-        config, weights = load_config_and_weights(path or "(none given)", "examples/pretrain.py policy --policy qwen")
+        config, weights = load_config_and_weights(path or "(none given)", "vartext pretrain policy --policy qwen")
         model = new_model(QwenVARConfig(**config.pop("model")), config.pop("attention"))
         policy = cls(tokenizer or load_tokenizer(), model, **config)
         load_weights(policy, weights, path or "")

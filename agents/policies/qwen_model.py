@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModel, DynamicCache, PretrainedConfig, 
 
 from agents.policies.var_text import scale_positions
 from var_env.schedule import ScaleSchedule
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers.base import VisualTokenizer
 
 ATTENTION = ("sdpa", "eager")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.policies.base import Policy
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers.base import VisualTokenizer
 from var_env.weights import load_config_and_weights, load_weights, save_module
 
 MOST_NUMBERS = 2**20

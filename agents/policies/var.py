@@ -26,9 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from agents.policies.base import Policy
 from agents.policies.class_names import ClassNames
 from agents.policies.lora import add_lora
-from var_env.tokenizer import load_tokenizer
-from var_env.var_vqvae import load_public_weights, read_public
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.tokenizers import load_tokenizer
+from var_env.tokenizers.base import VisualTokenizer
+from var_env.tokenizers.var_vqvae import load_public_weights, read_public
 from var_env.weights import load_config_and_weights, load_weights, save_module
 
 MAX_SCALE = 100  # of the attention's inverse temperatures

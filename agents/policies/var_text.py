@@ -25,9 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
-from var_env.scenes import MAX_PROMPT_BYTES, encode_prompt
-from var_env.tokenizer import load_tokenizer
-from var_env.visual_tokenizer import VisualTokenizer
+from var_env.scenes import CELL_HEIGHT, MAX_PROMPT_BYTES, World, encode_prompt
+from var_env.tokenizers import load_tokenizer
+from var_env.tokenizers.base import VisualTokenizer
 from var_env.weights import load_config_and_weights, load_weights, save_module
 
 START = 1  # the byte value of the start-of-text token; 0 pads
@@ -239,6 +239,11 @@ class VARTextPolicy(Policy):
         names = [f"temperature_{t}_{h}x{w}" for t, (h, w) in enumerate(self.schedule.grids, 1)]
         return dict(zip(names, self.temperatures(), strict=True))
 
+    def trained_on(self) -> World | None:
+        """The rendered world of its images' size; ``None`` for images too small for it."""
+        size = self.tokenizer.image_size
+        return World(size) if size >= 2 * CELL_HEIGHT else None
+
     def _scale_bias(self, tokens: int) -> Tensor:
         """0 where a token may look and -inf where not, `(tokens, tokens)`."""
         sizes = torch.tensor(self.schedule.sizes, device=self.device)
@@ -256,7 +261,7 @@ class VARTextPolicy(Policy):
     def load(cls, path: str | Path | None = None, tokenizer: VisualTokenizer | None = None) -> VARTextPolicy:
         """Read a file that `save` wrote; without a path, the shipped base policy. Default: the shipped tokenizer."""
         with resources.as_file(resources.files("agents.policies") / "assets" / "base.safetensors") as shipped:
-            config, weights = load_config_and_weights(path or shipped, "examples/pretrain.py policy")
+            config, weights = load_config_and_weights(path or shipped, "vartext pretrain policy")
         policy = cls(tokenizer or load_tokenizer(), **config)
         load_weights(policy, weights, path or "the shipped base policy")
         return policy

@@ -1,39 +1,29 @@
 """What the scripts of this folder share: arms on common ground, several seeds, and what came out.
 
 An *arm* is an agent with some settings. All arms of a script have the budget, prompts, decoding and evaluation of
-``examples/compare.py``, whose machinery, ``examples/runs.py``, this is.
+``examples/compare.py``, whose machinery, ``agents/experiments/runs.py``, this is.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(1, str(Path(__file__).parents[1]))  # examples/, after the folder of the script
-
 import numpy as np
-import report
-from common import (
-    INTERRUPTED,
-    add_plugin_option,
-    clear_errors,
-    load_plugins,
-    make_parser,
-    option_of,
-    table,
-    write_json,
-    write_text,
-)
 from matplotlib import pyplot as plt
-from report import Result
-from runs import Cell, Comparison, Preset, add_run_options, finish
 
-from agents import registry
+from agents import recipes
 from agents.evaluation import bootstrap_interval
+from agents.experiments import report
+from agents.experiments.agent_options import add_plugin_option
+from agents.experiments.cells import Cell, Result
+from agents.experiments.options import INTERRUPTED, Parser, clear_errors, option_of
+from agents.experiments.output import table, write_json, write_text
+from agents.experiments.run_options import Preset, add_run_options, finish
+from agents.experiments.runs import Comparison
 
 PRESETS = {
     "quick": Preset(),
@@ -75,19 +65,18 @@ def parse(
     doc: str | None,
     name: str,
     argv: Sequence[str] | None,
-    recipes: Sequence[str],
-    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    named: Sequence[str],
+    add_options: Callable[[Parser], None] = lambda parser: None,
 ) -> argparse.Namespace:
     """The options of a question.
 
     Args:
         doc: of the script, its help.
         name: of the folder under ``runs/questions`` where it writes by default.
-        recipes: of all its arms; a setting that none of them has is an error.
+        named: the recipes of all its arms; a setting that none of them has is an error.
         add_options: gives the parser the script's own options.
     """
-    load_plugins(argv)
-    parser = make_parser(f"{(doc or '').rstrip()}\n{GOING_ON}")
+    parser = Parser(f"{(doc or '').rstrip()}\n{GOING_ON}")
     parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="(default: %(default)s)")
     seeds = ", ".join(f"{' '.join(map(str, seeds))} in {preset}" for preset, seeds in SEEDS.items())
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help=f"one run each (default: {seeds})")
@@ -99,7 +88,7 @@ def parse(
     args = parser.parse_args(argv)
     with clear_errors():
         finish(args, PRESETS[args.preset])
-        unused = args.method.keys() - {option for recipe in recipes for option in registry.options_in(recipe)}
+        unused = args.method.keys() - {option for recipe in named for option in recipes.options_in(recipe)}
         if unused:
             raise ValueError(f"no arm has the option {option_of(min(unused))}: leave it out")
     args.seeds = list(dict.fromkeys(args.seeds or SEEDS[args.preset]))

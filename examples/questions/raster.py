@@ -39,10 +39,11 @@ from question import (
     write_results,
     write_text,
 )
-from report import Result, by_agent, with_interval
 
+from agents.experiments.cells import Result
+from agents.experiments.report import by_agent, with_interval
 from agents.panw import PANW, panw_weights
-from agents.registry import options_of
+from agents.recipes import options_of
 from var_env import ScaleSchedule
 
 ROOT = Path(__file__).parents[2]

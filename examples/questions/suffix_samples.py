@@ -35,12 +35,13 @@ from typing import Any
 import numpy as np
 import torch
 from question import Arm, Comparison, clear_errors, parse, plt, run, table, write_json, write_results, write_text
-from report import Result, save_figure
 from stable_baselines3.common.logger import Logger
 from tqdm import tqdm
 
-from agents import Agent, Decoding, MaskPropagation, Wrapper, registry
+from agents import Agent, Decoding, MaskPropagation, Wrapper, recipes
 from agents.conflict import cosines, half_gradients, reliability
+from agents.experiments.cells import Result
+from agents.experiments.report import save_figure
 from agents.mask_propagation import COMBINATIONS
 from agents.rollout import Rollout
 from agents.split_rule import variance_components
@@ -82,9 +83,9 @@ def prefix_agent(comparison: Comparison, args: argparse.Namespace, mask: str, k:
     """VMR on the base policy itself, since nothing is learned; without PANW, which has nothing to do with K."""
     settings = comparison.settings
     recipe, own = ("vmr", {}) if mask == "none" else ("vmr+mp", {"suffix_masks": mask})
-    known = registry.options_in(recipe)
+    known = recipes.options_in(recipe)
     method = {name: value for name, value in comparison.method.items() if name in known and name not in own}
-    agent = registry.make(
+    agent = recipes.make(
         recipe,
         comparison.env,
         comparison.base,

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 
 from question import Arm, Comparison, clear_errors, parse, run, write_results
-from report import Result
+
+from agents.experiments.cells import Result
 
 ARMS = [Arm(recipe, recipe) for recipe in ("grpo", "vmr+panw+mp", "tree", "tree+panw+mp")]
 REFERENCE = "grpo"

@@ -1,4 +1,4 @@
-"""What compare.py and ablate.py write: intervals and tables, learning curves, pictures before and after.
+"""What `vartext compare` and `vartext ablate` write: intervals and tables, learning curves, pictures before and after.
 
 A *result* is a dict, as it stands in ``result.json``: ``agent``, ``seed`` (``None`` for the base policy), ``config``,
 ``finished``, ``budget`` (images, tokens, updates, seconds), ``diagnostics`` of the policy, such as its temperatures,
@@ -15,29 +15,22 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from common import replacing, table, write_json, write_text
 from PIL import Image, ImageDraw, ImageFont
 
+from agents.common.files import replacing
+from agents.common.pictures import caption, sample_sheet
 from agents.evaluation import Evaluation, bootstrap_interval
-from agents.pictures import caption, sample_sheet
+from agents.experiments.cells import AXES, METRICS, Result
+from agents.experiments.output import table, write_json, write_text
 from var_env import ScaleSchedule
 from var_env.scenes import quoted_words
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend that needs no window
 
-METRICS = {"reward": "OCR reward", "word_accuracy": "Word Accuracy", "ned": "NED", "nothing_read": "Nothing read"}
-AXES = {
-    "images": "images decoded (reward calls)",
-    "tokens": "tokens sampled",
-    "updates": "updates",
-    "seconds": "seconds of sampling, scoring and updating",
-}
 SOURCES = {"rollout": "training samples", "eval": "held-out prompts"}
 SHOWN = 8  # prompts in a picture strip, the first ones
 LABEL = 22  # px, the height of a strip's title
-
-Result = dict[str, Any]
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------

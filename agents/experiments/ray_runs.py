@@ -21,77 +21,29 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from common import import_plugins
-from report import Result
 from tqdm import tqdm
 
 from agents.callbacks import Interrupt
+from agents.experiments.agent_options import import_plugins
+from agents.experiments.cells import Cell, Outcome, Result
 
 if TYPE_CHECKING:
     from ray import ObjectRef
-    from runs import Cell, Outcome
 
 POLL = 1.0  # seconds between two looks for a signal
 NO_BARS = {"TQDM_DISABLE": "1"}  # nobody watches those of a worker, and they would fill its log
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """``--ray`` and its like, for `check` and `RayRuns`."""
-    group = parser.add_argument_group("many runs at a time, with Ray")
-    group.add_argument(
-        "--ray",
-        nargs="?",
-        const="",
-        metavar="ADDRESS",
-        help="train many runs at a time as tasks of Ray: without an address in the cluster that RAY_ADDRESS names, or "
-        "else on all CPUs and GPUs of this machine; auto is the cluster that this machine is part of, or give "
-        "HOST:6379 or ray://HOST:10001. On several machines, --out must be on a file system that they share, with code "
-        "and files at the same paths, and agents of your own must come by --plugin. The next word is taken for the "
-        "address, so write a bare --ray last (default: without Ray, one run after another)",
-    )
-    group.add_argument(
-        "--ray-gpus",
-        type=float,
-        metavar="SHARE",
-        help="GPUs a run, 0 to 1: with 0.25, four runs share one. Ray counts shares and does not divide the memory, "
-        "so that all four have to fit (default: 1 when --device is a GPU, else 0)",
-    )
-    group.add_argument(
-        "--ray-cpus",
-        type=int,
-        default=1,
-        metavar="CPUS",
-        help="CPUs a run, each a thread of torch; as many runs go on at a time as there are CPUs, and GPUs, for. The "
-        "number of threads may change the last digits of a score (default: %(default)s)",
-    )
-    group.add_argument(
-        "--ray-retries",
-        type=int,
-        default=3,
-        metavar="TIMES",
-        help="how often a run whose worker died goes on from its last checkpoint before it is left out "
-        "(default: %(default)s)",
-    )
+class Trainer(Protocol):
+    """What a worker needs of `runs.Comparison`."""
 
+    def finished(self, cell: Cell) -> Result | None: ...
 
-def check(args: argparse.Namespace) -> None:
-    """``ImportError`` when there is no Ray to use, ``ValueError`` for numbers that make no sense."""
-    if args.ray is None:
-        return
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        raise ImportError('--ray needs the package ray: pip install "vartext[ray]", or leave out --ray') from None
-    if args.ray_gpus is not None and not 0 <= args.ray_gpus <= 1:
-        raise ValueError(f"--ray-gpus must lie in [0, 1], for a run uses one GPU at most, got {args.ray_gpus}")
-    if args.ray_cpus < 1:
-        raise ValueError(f"--ray-cpus must be at least 1, got {args.ray_cpus}")
-    if args.ray_retries < 0:
-        raise ValueError(f"--ray-retries must be at least 0, got {args.ray_retries}")
+    def train(self, cell: Cell, interrupt: Interrupt) -> Result | None: ...
 
 
 class Stopped(Exception):
@@ -105,14 +57,14 @@ class Stopped(Exception):
         return "its worker was asked to stop, again and again; the same command goes on with it"
 
 
-def train_one(args: argparse.Namespace, cell: Cell, folder: str) -> Result:
+def train_one(
+    make: Callable[[argparse.Namespace], Trainer], args: argparse.Namespace, cell: Cell, folder: str
+) -> Result:
     """The task: train one run, in a worker, and return its result. `Stopped` after a signal."""
-    from runs import Comparison  # which imports this module
-
     os.chdir(folder)  # so that relative paths mean here what they mean there
     torch.set_num_threads(args.ray_cpus)
     import_plugins(getattr(args, "plugin", []))
-    comparison = Comparison(args)
+    comparison = make(args)
     with Interrupt("finishing this update, then evaluating and writing") as interrupt:
         result = comparison.finished(cell) or comparison.train(cell, interrupt)
     if result is None or not result["finished"]:
@@ -135,19 +87,22 @@ class RayRuns:
     """Joins the cluster, or starts one, and trains runs there. A Ray that this process uses already is used as it is.
 
     Args:
-        args: the command's options, from which workers make the comparison.
+        make: what makes the comparison of the options, `runs.Comparison`.
+        args: the command's options, from which workers make it.
         device: of the base policy; runs train on the same kind of device.
 
     Raises:
         ConnectionError: there is no cluster at the address.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+    def __init__(
+        self, make: Callable[[argparse.Namespace], Trainer], args: argparse.Namespace, device: torch.device
+    ) -> None:
         import ray
 
         needs = {"CPU": args.ray_cpus, "GPU": int(device.type == "cuda") if args.ray_gpus is None else args.ray_gpus}
         options = {"out": args.out.absolute(), "device": device.type, "ray": None}
-        self.args = argparse.Namespace(**{**vars(args), **options})
+        self.make, self.args = make, argparse.Namespace(**{**vars(args), **options})
         path = os.pathsep.join(map(os.path.abspath, sys.path))
         surroundings = {"env_vars": {"PYTHONPATH": path, **NO_BARS}}
         self.ours = not ray.is_initialized()
@@ -171,7 +126,7 @@ class RayRuns:
         """Each run with what came out, in the order in which they end."""
         import ray
 
-        waiting = {self.task.remote(self.args, cell, os.getcwd()): cell for cell in cells}
+        waiting = {self.task.remote(self.make, self.args, cell, os.getcwd()): cell for cell in cells}
         passed_on = False
         try:
             with tqdm(total=len(waiting), unit="run", desc="runs", dynamic_ncols=True) as bar:

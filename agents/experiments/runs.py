@@ -1,4 +1,4 @@
-"""Runs on common ground, for compare.py and ablate.py: what all have in common, one run, and a plan of many.
+"""Runs on common ground, for `vartext compare` and its like: what all have in common, one run, and a plan of many.
 
 A run is a `Cell`: an agent, its settings and a seed. Its folder, OUT/LABEL/seedK, holds all that it writes, and when
 result.json there says that it is finished, it is not trained again. One that was interrupted or killed goes on from its
@@ -15,34 +15,12 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import ray_runs
-import report
-from common import (
-    INTERRUPTED,
-    CurveEval,
-    ImageBar,
-    add_agent_options,
-    add_model_options,
-    add_prompts_option,
-    add_reward_options,
-    agent_settings,
-    budget,
-    clear_errors,
-    copy_of,
-    load_policy,
-    make_env,
-    option_of,
-    require_at_least_one,
-    settings_of,
-    write_json,
-)
-from report import Result
+import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
@@ -56,119 +34,41 @@ from agents import (
     Wrapper,
     evaluate,
     held_out_scenes,
-    registry,
+    recipes,
 )
 from agents.callbacks import CheckpointEvery, Interrupt, StopOnSignal
+from agents.common.processes import current
+from agents.experiments import ray_runs, report, tuned
+from agents.experiments.agent_options import settings_of
+from agents.experiments.callbacks import CurveEval, ImageBar, budget
+from agents.experiments.cells import BASE, Cell, Outcome, Result
+from agents.experiments.loading import copy_of, load_policy, make_env
+from agents.experiments.options import (
+    INTERRUPTED,
+    clear_errors,
+)
+from agents.experiments.output import write_json
+from agents.experiments.run_options import Preset
 from agents.logs import open_logger
 from agents.policies.base import Policy
-from agents.processes import current
 from var_env import VARTextVectorEnv
 
 SCENE_SEED, NOISE_SEED = 0, 0  # of the held-out prompts, and of the sampler when it draws for them
 NOT_COMPARED = ("seconds",)  # settings in which a finished run may differ from what is asked for
-Outcome = Result | Exception | None  # of a run; None when it was interrupted before its first update
-
-
-# Options -------------------------------------------------------------------------------------------------------------
-
-
-def option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What all runs have in common. Every field is an option of the command line."""
-
-    images: int = option(3200, "budget of each run in reward calls, one for each picture decoded")
-    seconds: float = option(0.0, "cap on the training time of each run; 0 for none")
-    learning_rate: float = option(5e-5, "AdamW's")
-    group_size: int = option(8, "G, pictures for each prompt; prefixes for each in VMR's prefix updates")
-    prompts_per_update: int = option(8, "P, so that an update learns from P * G rows")
-    kl_coef: float = option(0.02, "weight of the KL to the base policy; 0 is without")
-    temperature: float = option(1.0, "of the sampler while training")
-    eval_temperature: float = option(1.0, "of the sampler in evaluations")
-    test_prompts: int = option(256, "held-out prompts of the table, from the test split")
-    val_prompts: int = option(64, "held-out prompts of the curves, from the val split")
-    eval_every: int = option(10, "updates between two evaluations while training")
-
-    def __post_init__(self) -> None:
-        values = dataclasses.asdict(self)
-        require_at_least_one(**{name: value for name, value in values.items() if isinstance(value, int)})
-        for name, value in values.items():
-            if not value >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
-
-
-def add_run_options(parser: argparse.ArgumentParser, presets: Mapping[str, Preset]) -> None:
-    """``--device`` and so on, the fields of `Preset`, ``--ray``, and the agents' settings, for `finish`."""
-    add_model_options(parser)
-    add_reward_options(parser)
-    add_prompts_option(parser)
-    group = parser.add_argument_group("what all runs have in common")
-    for entry in dataclasses.fields(Preset):
-        values = {name: getattr(preset, entry.name) for name, preset in presets.items()}
-        same = len(set(values.values())) == 1
-        default = next(iter(values.values())) if same else ", ".join(f"{v} in {name}" for name, v in values.items())
-        group.add_argument(
-            option_of(entry.name),
-            type=type(entry.default),
-            metavar=type(entry.default).__name__.upper(),
-            help=f"{entry.metadata['help']} (default: {default})",
-        )
-    group.add_argument(
-        "--save-every",
-        type=int,
-        default=10,
-        metavar="UPDATES",
-        help="between two checkpoints, from which a run that was killed goes on (default: %(default)s)",
-    )
-    ray_runs.add_options(parser)
-    add_agent_options(parser, without=[entry.name for entry in dataclasses.fields(Preset)])
-
-
-def finish(args: argparse.Namespace, preset: Preset) -> None:
-    """Set ``args.settings``, a `Preset` with what was given, and ``args.method``, the other settings of the agents."""
-    given = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(Preset)}
-    args.settings = dataclasses.replace(preset, **{name: value for name, value in given.items() if value is not None})
-    require_at_least_one(save_every=args.save_every)
-    ray_runs.check(args)
-    args.method = {name: value for name, value in agent_settings(args).items() if name not in given}
-
-
-# Runs ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run.
-
-    Attributes:
-        label: its folder and its name in tables; not two agents of one ``out`` may share it.
-        recipe: see ``agents/registry.py``.
-        seed: of the prompts and the sampler; ``None`` is no run, but the base policy.
-        method: what makes the agent what it is, see `common.settings_of`.
-    """
-
-    label: str
-    recipe: str
-    seed: int | None
-    method: dict[str, Any] = field(hash=False, default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.label if self.seed is None else f"{self.label}, seed {self.seed}"
-
-
-BASE = Cell("base", "", None)
 
 
 class Comparison:
-    """The common ground: settings, base policy, environment, held-out prompts and decoding."""
+    """The common ground: settings, base policy, environment, held-out prompts and decoding.
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    Args:
+        args: of a parser with `add_run_options`, after `finish`.
+        judged_on: the split of the prompts that the results are of.
+    """
+
+    def __init__(self, args: argparse.Namespace, judged_on: str = "test") -> None:
         if current().count > 1:
             raise ValueError(
-                "a comparison is one process: many runs at a time take --ray, one run on several GPUs examples/train.py"
+                "a comparison is one process: many runs at a time take --ray, one run on several GPUs `vartext train`"
             )
         self.args = args
         self.settings: Preset = args.settings
@@ -182,26 +82,33 @@ class Comparison:
             reward=args.reward,
             reward_kwargs=args.reward_kwargs,
         )
-        self.test = held_out_scenes(self.env.world, self.settings.test_prompts, SCENE_SEED, "test")
+        self.test = held_out_scenes(self.env.world, self.settings.test_prompts, SCENE_SEED, judged_on)
         self.val = held_out_scenes(self.env.world, self.settings.val_prompts, SCENE_SEED, "val")
         self.decoding = Decoding(temperature=self.settings.eval_temperature)
-        self.config = dataclasses.asdict(self.settings) | {"base_weights": fingerprint(self.base)}
-        if args.reward != "ocr" or args.reward_kwargs:
-            self.config |= {"reward": args.reward, "reward_kwargs": args.reward_kwargs}
-        if args.prompts_from:
-            self.config |= {"prompts_from": args.prompts_from}
+        # All that defines the experiment, what was not given included: runs of one folder have it in common.
+        self.config = dataclasses.asdict(self.settings) | {
+            "base_weights": fingerprint(self.base),
+            "reward": args.reward,
+            "reward_kwargs": args.reward_kwargs,
+            "prompts_from": args.prompts_from,
+        }
         self.method: dict[str, Any] = args.method
+        self.tuned = tuned.load(args.tuned, self.config)
         self.described = self.config | {
             "seeds": args.seeds,
             "policy": str(args.policy or "base"),
-            "device": str(self.base.device),
+            "machine": machine(self.base),
             "versions": versions(),
             "models_of_the_reward": self.env.reward.describe(),
         }
 
     def cell(self, recipe: str, seed: int, **changes: Any) -> Cell:
-        """A run of a recipe, its label, with some of the method's settings changed."""
-        method = settings_of(recipe, self.method | changes)
+        """A run of a recipe, its label, with the settings that it was tuned to and some changed."""
+        own = {name: value for name, value in self.tuned.get(recipe, {}).items() if name not in self.args.given}
+        chosen = own | self.method | changes
+        method = settings_of(recipe, chosen)
+        if "temperature" in chosen:  # the sampler's while training, which is no option of an agent
+            method["temperature"] = chosen["temperature"]
         if method.get("split", "auto") != "auto":
             method["split"] = self.base.schedule.middle_step(method["split"])
         return Cell(recipe, recipe, seed, method)
@@ -209,19 +116,29 @@ class Comparison:
     def finished(self, cell: Cell) -> Result | None:
         """The result of a run that needs no repeating. ``ValueError`` when it was made with other settings."""
         folder = report.run_folder(self.out, cell.label, cell.seed)
-        path = folder / "result.json"
-        if not path.is_file():
-            return None
-        result: Result = json.loads(path.read_text())
-        if not result["finished"]:
-            return None
-        for name, value in json.loads(json.dumps(self.config | cell.method)).items():  # tuples as the file has them
-            if name not in NOT_COMPARED and result["config"].get(name) != value:
+        result: Result | None = None
+        if (folder / "result.json").is_file():
+            result = json.loads((folder / "result.json").read_text())
+            assert result is not None
+            self.require_same(cell, result["config"], folder)
+        elif (folder / "config.json").is_file():  # begun, and perhaps worth hours
+            self.require_same(cell, json.loads((folder / "config.json").read_text()), folder)
+        return result if result is not None and result["finished"] else None
+
+    def asked(self, cell: Cell) -> dict[str, Any]:
+        """All settings of a run, as its files have them."""
+        settings: dict[str, Any] = json.loads(json.dumps(self.config | cell.method))  # tuples become lists
+        return settings
+
+    def require_same(self, cell: Cell, config: dict[str, Any], folder: Path) -> None:
+        """``ValueError`` naming what differs, unless a run was made, or begun, with the settings of ``cell``."""
+        asked = self.asked(cell)
+        for name in sorted(asked.keys() | config.keys()):
+            if name not in NOT_COMPARED and config.get(name, "unset") != asked.get(name, "unset"):
                 raise ValueError(
-                    f"{folder} holds a run with {name}={result['config'].get(name)}, and now it is {value}: "
-                    "choose another --out, or delete that folder"
+                    f"{folder} holds a run with {name}={config.get(name, 'unset')}, and now it is "
+                    f"{asked.get(name, 'unset')}: choose another --out, or delete that folder"
                 )
-        return result
 
     def result(self, cell: Cell, policy: Policy, best_of: int = 1, **more: Any) -> Result:
         """Evaluate a policy on the test prompts, save the pictures and the result, and return it."""
@@ -242,20 +159,12 @@ class Comparison:
 
     def agent(self, cell: Cell) -> Agent | Wrapper:
         """A new agent on a copy of the base policy."""
-        available = registry.options_in(cell.recipe)
-        common = {name: value for name, value in dataclasses.asdict(self.settings).items() if name in available}
-        return registry.make(
-            cell.recipe,
-            self.env,
-            copy_of(self.base),
-            **{
-                **common,
-                **cell.method,
-                "decoding": Decoding(temperature=self.settings.temperature),
-                "seed": cell.seed,
-                "device": self.base.device,
-            },
-        )
+        settings = dataclasses.asdict(self.settings) | cell.method
+        decoding = Decoding(temperature=settings["temperature"])
+        available = recipes.options_in(cell.recipe).keys() | cell.method.keys() - {"temperature"}
+        chosen = {name: value for name, value in settings.items() if name in available}
+        own = {"decoding": decoding, "seed": cell.seed, "device": self.base.device}
+        return recipes.make(cell.recipe, self.env, copy_of(self.base), **{**chosen, **own})
 
     def train(self, cell: Cell, interrupt: Interrupt) -> Result | None:
         """One run; ``None`` when it was interrupted before its first update."""
@@ -280,28 +189,34 @@ class Comparison:
             return None
         agent.best_policy.save(folder / "policy.safetensors")
         short = agent.images_decoded < settings.images
-        if cap is not None and agent.seconds >= cap and short:
+        capped = short and cap is not None and agent.seconds >= cap
+        if capped:
             tqdm.write(
                 f"{cell}: stopped at {agent.images_decoded} images, after {cap:.0f} s of training (--seconds)",
                 file=sys.stderr,
             )
         finished = not (short and interrupt.requested)
-        result = self.result(cell, agent.best_policy, agent.best_of, finished=finished, budget=budget(agent))
+        result = self.result(
+            cell,
+            agent.best_policy,
+            agent.best_of,
+            finished=finished,
+            stopped_at=agent.images_decoded if capped or not finished else None,
+            budget=budget(agent),
+        )
         if finished:
             shutil.rmtree(saves.checkpoints.folder)
         return result
 
     def start(self, cell: Cell, folder: Path, checkpoints: Checkpoints) -> tuple[Agent | Wrapper, int | None]:
         """The agent of an earlier attempt at the run, with the step that it has come to, or a new one and ``None``."""
-        asked = json.loads(json.dumps(self.config | cell.method))  # tuples as the file has them
-        file = folder / "config.json"
         checkpoints.tidy()
-        if checkpoints.paths() and file.is_file() and json.loads(file.read_text()) == asked:
+        if checkpoints.paths() and (folder / "config.json").is_file():  # of this run, as `finished` has seen
             agent = checkpoints.load(self.env, self.base.device)
             tqdm.write(f"{cell}: goes on after update {agent.n_updates}", file=sys.stderr)
             return agent, agent.num_timesteps
         shutil.rmtree(folder, ignore_errors=True)
-        write_json(file, asked)
+        write_json(folder / "config.json", self.asked(cell))
         return self.agent(cell), None
 
     def run(self, plan: Sequence[Cell], write: Callable[[Result, list[Result]], str]) -> int:
@@ -317,7 +232,7 @@ class Comparison:
             for cell in {cell.label: cell for cell in plan}.values():
                 self.agent(cell)  # wrong settings show now and not hours later
             if self.args.ray is not None and None in results.values():
-                train_all = ray_runs.RayRuns(self.args, self.base.device)
+                train_all = ray_runs.RayRuns(Comparison, self.args, self.base.device)
 
         def missing() -> Iterator[Cell]:
             for cell in plan:
@@ -333,7 +248,7 @@ class Comparison:
         notice = "finishing this update, then evaluating and writing; once more skips the evaluation"
         with Interrupt(notice) as interrupt:
             try:
-                base = base or self.result(BASE, self.base, finished=True)
+                base = base or self.result(BASE, self.base, finished=True, stopped_at=None)
                 for cell, outcome in train_all(missing(), interrupt):
                     if isinstance(outcome, Exception):
                         failed = True
@@ -369,6 +284,20 @@ def fingerprint(policy: Policy) -> str:
         for name, tensor in module.state_dict().items():
             digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def machine(policy: Policy) -> dict[str, Any]:
+    """What the numbers of a run depend on, and its seconds: device, precision, and of a CPU its units and threads."""
+    with policy.autocast():
+        device = policy.device.type
+        bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    return {
+        "device": str(policy.device),
+        "precision": "bf16 matrix products" if bf16 else "fp32",
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "bf16 units": bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rewards.base import HasWords, RewardOutput
-from rewards.pool import RewardPool, take
+from rewards.serving.pool import RewardPool, take
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

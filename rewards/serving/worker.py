@@ -1,4 +1,4 @@
-"""A process that scores for its parent: the workers of `rewards.pool`.
+"""A process that scores for its parent: the workers of `rewards.serving.pool`.
 
 It is spawned, since a fork would copy live ONNX sessions and their locks, and ends when the pipe to its parent does.
 """

@@ -1,0 +1,117 @@
+"""Train agents from the same base policy with the same budget and compare them on the same held-out prompts.
+
+    vartext compare                                  # less than ten minutes on two cores
+    vartext compare --preset full --out runs/full    # hours: five seeds, a larger budget
+    vartext compare --agents                         # lists the agents
+    vartext compare --agents grpo vmr+panw+mp stage ppo reinforce rloo
+    vartext compare --agents grpo+panw --alpha 0.8 --images 6400 --out runs/panw-alone
+    vartext compare --plugin my_agent.py --agents grpo mine vmr+mine
+    vartext compare --preset full --out runs/full --ray                   # many runs at a time
+    tensorboard --logdir runs                                   # scalars, pictures and texts while it trains
+
+An agent is an algorithm and wrappers around it, joined by "+". The default is the paper's method step by step: grpo,
+vmr, vmr+panw, vmr+panw+mp. docs/agents.md tells them apart. Your own joins with one decorator, see
+examples/custom_agent.py.
+
+In --out: results.md (the tables), results.json (settings, versions, every score), curves.png, budgets.png (the held-out
+curves against images, tokens, updates and seconds), before_after.png, and for each run AGENT/seedK/ with TensorBoard
+events, progress.csv, policy.safetensors and result.json.
+
+All agents start from the same weights, see the same training prompts in the same order, decode alike, and are
+evaluated with the same noise on test prompts, whose words are in no training prompt. The budget is counted in pictures
+decoded and scored: the K suffixes by which VMR values a prefix cost K.
+
+Ctrl-C, or SIGTERM, finishes the update, evaluates what has been learned so far, writes everything and exits with status
+130; a second one skips that evaluation. The same command with the same --out then goes on where it was. So it does when
+it was killed, from the last checkpoint, one every --save-every updates, with the same result.
+
+Several processes may share one --out when each has --seeds or --agents of its own: a process trains nothing but its own
+runs, files are replaced as a whole, and the tables and pictures show the runs of the process that wrote them last. A
+last call with all agents and seeds trains nothing and collects everything.
+
+With --ray (pip install "vartext[ray]") one call trains as many runs at a time as there are CPUs, or shares of GPUs
+(--ray-gpus), on this machine or in a cluster. A run whose worker dies goes on from its last checkpoint, elsewhere if
+need be. With as many threads as without Ray, the scores are the same. ray_runs.py tells more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agents.experiments.agent_options import add_plugin_option
+from agents.experiments.cells import AXES, Result
+from agents.experiments.options import Parser, clear_errors, option_of
+from agents.experiments.run_options import Preset, add_run_options, finish
+
+AGENTS = ("grpo", "vmr", "vmr+panw", "vmr+panw+mp")  # the paper's method, step by step
+PRESETS: dict[str, Preset] = {
+    "quick": Preset(),
+    "full": Preset(images=12_800, test_prompts=512, val_prompts=128, eval_every=25),
+}
+SEEDS = {"quick": [0], "full": [0, 1, 2, 3, 4]}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__, "vartext compare")
+    parser.add_argument(
+        "--agents",
+        nargs="*",
+        metavar="AGENT",
+        default=AGENTS,
+        help=f"without names: list what there is (default: {' '.join(AGENTS)})",
+    )
+    add_plugin_option(parser)
+    parser.add_argument(
+        "--settings",
+        dest="tuned_file",
+        metavar="tuned|common|FILE",
+        help="each agent's own settings as vartext tune found them, or the same for all; options that are given come "
+        "first (default: tuned where that fits the world, else common)",
+    )
+    parser.add_argument("--preset", choices=list(PRESETS), default="quick", help="(default: %(default)s)")
+    seeds = ", ".join(f"{' '.join(map(str, seeds))} in {name}" for name, seeds in SEEDS.items())
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help=f"one run each (default: {seeds})")
+    parser.add_argument("--out", type=Path, help="folder for all that is written (default: runs/compare-PRESET)")
+    parser.rare.add_argument(
+        "--x-axis", choices=list(AXES), default="images", help="of curves.png (default: %(default)s)"
+    )
+    add_run_options(parser, PRESETS)
+    args = parser.parse_args(argv)
+    from agents import recipes  # not above: the agents take torch with them, and --help answers without
+
+    if not args.agents:
+        print(recipes.listing())
+        sys.exit()
+    with clear_errors():
+        finish(args, PRESETS[args.preset])
+        args.tuned = args.tuned_file
+        args.agents = list(dict.fromkeys(args.agents))
+        unused = args.method.keys() - {name for agent in args.agents for name in recipes.options_in(agent)}
+        if unused:
+            raise ValueError(f"none of {', '.join(args.agents)} has the option {option_of(min(unused))}: leave it out")
+    args.seeds = list(dict.fromkeys(args.seeds or SEEDS[args.preset]))
+    args.out = args.out or Path("runs") / f"compare-{args.preset}"
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    from agents.experiments import report
+    from agents.experiments.runs import Comparison
+
+    with clear_errors():
+        comparison = Comparison(args)
+        plan = [comparison.cell(agent, seed) for agent in args.agents for seed in args.seeds]
+    method: dict[str, Any] = {name: value for cell in plan for name, value in cell.method.items()}
+    described = {**comparison.described, "agents": args.agents, **method}
+
+    def write(base: Result, results: list[Result]) -> str:
+        tables = report.write_report(args.out, described, base, results, args.x_axis)
+        files = "results.md, results.json, curves.png, budgets.png, before_after.png"
+        return f"{tables}\n\n{args.out}: {files}; tensorboard --logdir {args.out}"
+
+    return comparison.run(plan, write)

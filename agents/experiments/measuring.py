@@ -1,0 +1,192 @@
+"""The metrics of a policy on held-out prompts, for ``vartext evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from agents import Decoding, evaluate, held_out_scenes
+from agents.evaluation import bootstrap_interval
+from agents.experiments.loading import load_policy, make_env
+from agents.experiments.options import (
+    clear_errors,
+    decoding_from,
+)
+from agents.experiments.output import table, write_json
+from agents.experiments.report import METRICS, measure, save_strip, with_interval
+from agents.policies.base import Policy
+from agents.policies.var_text import VARTextPolicy
+from rewards import CLIPScore
+from rewards.cvtg import CLIP_PREFIX, word_metrics
+from rewards.ocr_edit import edit_counts
+from rewards.text_metrics import normalize
+from var_env import Scene, VARTextVectorEnv
+from var_env.prompts import PromptScene, PromptWorld
+from var_env.scenes import render
+
+TOKENIZER_GATE = 0.97
+ACCURACY_GATE = (0.35, 0.70)
+NOTHING_GATE = 0.10
+BATCH = 64
+ALL_METRICS = METRICS | {"clip": "CLIPScore", "ocr_accuracy": "OCR accuracy"}
+BY_WORDS = ("reward", "word_accuracy", "ned", "clip", "ocr_accuracy")
+BY_REGIONS = {"word_accuracy": "Word Accuracy", "ned": "NED", "clip": "CLIPScore"}
+INTERVAL_FROM = 10  # prompts; a bootstrap over fewer makes intervals too narrow
+NO_CLIP = "CLIPScore is left out: for it, add --clip openai/clip-vit-base-patch32, or a folder that holds a CLIP model"
+
+
+def take_temperatures(policy: Policy, path: str) -> None:
+    """Give a policy the learned temperatures of another one on the same tokenizer."""
+    if not isinstance(policy, VARTextPolicy):
+        raise ValueError(f"--temperatures-of needs a VARTextPolicy, and this is a {type(policy).__name__}")
+    other = VARTextPolicy.load(None if path == "base" else path, policy.tokenizer)
+    policy.sharpness.data.copy_(other.sharpness)
+
+
+def tokenizer_gate(env: VARTextVectorEnv, scenes: Sequence[Scene]) -> tuple[float, int]:
+    """The share of readable words that stay readable after encode and decode, and how many words were readable."""
+    readable = kept = 0
+    for start in tqdm(range(0, len(scenes), BATCH), "reconstructions", unit="batch"):
+        batch = scenes[start : start + BATCH]
+        images = np.stack([render(scene) for scene in batch])  # (B, S, S, 3)
+        originals = env.reward(images, batch).words
+        copies = env.reward(reconstruct(env, images), batch).words
+        for scene, original, copy in zip(batch, originals, copies, strict=True):
+            wanted, before, after = (Counter(map(normalize, words)) for words in (scene.words, original, copy))
+            readable += (wanted & before).total()
+            kept += (wanted & before & after).total()
+    return kept / max(readable, 1), readable
+
+
+@torch.no_grad()
+def reconstruct(env: VARTextVectorEnv, images: np.ndarray) -> np.ndarray:
+    """Pictures ``(B, S, S, 3)`` through the tokenizer and back."""
+    tokenizer = env.tokenizer
+    canvas = tokenizer.blank(len(images))
+    for t, grid in enumerate(tokenizer.encode(torch.from_numpy(images).to(tokenizer.device))):
+        canvas = tokenizer.write(t, canvas, grid)
+    return tokenizer.decode(canvas).cpu().numpy()
+
+
+def check_gates(policy: Policy, env: VARTextVectorEnv, scenes: list[Scene], seed: int) -> bool:
+    """Print both gates; whether all is well."""
+    share, readable = tokenizer_gate(env, scenes)
+    means = evaluate(policy, env, scenes, Decoding(), seed, BATCH).means()
+    low, high = ACCURACY_GATE
+    accuracy, nothing = means["word_accuracy"], means["nothing_read"]
+    gates = [
+        (f"tokenizer: share of {readable} readable words kept", share, f">= {TOKENIZER_GATE}", share >= TOKENIZER_GATE),
+        ("policy: word accuracy", accuracy, f"{low} to {high}", low <= accuracy <= high),
+        ("policy: pictures in which nothing is read", nothing, f"<= {NOTHING_GATE}", nothing <= NOTHING_GATE),
+    ]
+    rows = [[name, f"{value:.3f}", target, "PASS" if met else "FAIL"] for name, value, target, met in gates]
+    print(table([f"Gate, {len(scenes)} held-out scenes", "Measured", "Target", ""], rows))
+    return all(met for *_, met in gates)
+
+
+def measure_by_words(scenes: Sequence[Scene], prompts: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """For each number of target words: how many ``prompts`` have it, and mean and interval of their ``metrics``."""
+    counts = np.array([len(scene.words) for scene in scenes])
+    scores = {metric: np.array(prompts[metric]) for metric in ALL_METRICS if metric in prompts}
+    return {
+        count: {
+            "prompts": int((counts == count).sum()),
+            "metrics": {metric: bootstrap_interval(values[counts == count]) for metric, values in scores.items()},
+        }
+        for count in np.unique(counts).tolist()
+    }
+
+
+def table_by_words(by_words: Mapping[int, Mapping[str, Any]]) -> str:
+    """One line for each number of target words."""
+    shown = [metric for metric in BY_WORDS if all(metric in line["metrics"] for line in by_words.values())]
+    rows = []
+    for count, line in by_words.items():
+        values = [line["metrics"][metric] for metric in shown]
+        cells = [with_interval(v) if line["prompts"] >= INTERVAL_FROM else f"{v[0]:.3f}" for v in values]
+        rows.append([str(count), str(line["prompts"]), *cells])
+    return table(["Words", "Prompts", *(ALL_METRICS[metric] for metric in shown)], rows)
+
+
+def ocr_accuracy(scene: Scene, read: Sequence[str]) -> float:
+    """Flow-GRPO's OCR accuracy of one picture, in [0, 1]."""
+    edits, length = edit_counts(scene.words, read, "flow_grpo")
+    return max(1 - edits / length, 0.0)
+
+
+def measure_by_regions(scenes: Sequence[PromptScene], prompts: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """CVTG-2K's metrics of the prompts of each number of regions, and under "average" those of all."""
+    counts = np.array([scene.regions for scene in scenes])
+    groups = {str(count): np.flatnonzero(counts == count).tolist() for count in np.unique(counts)}
+    lines = {}
+    for name, rows in (groups | {"average": list(range(len(scenes)))}).items():
+        words = word_metrics([scenes[i].words for i in rows], [prompts["read"][i] for i in rows])
+        clip = {"clip": float(np.mean([prompts["clip"][i] for i in rows]))} if "clip" in prompts else {}
+        lines[name] = {"prompts": len(rows), **words, **clip}
+    return lines
+
+
+def table_by_regions(lines: Mapping[str, Mapping[str, float]]) -> str:
+    """One line for each number of regions, and one for the average."""
+    shown = [metric for metric in BY_REGIONS if metric in lines["average"]]
+    rows = [
+        [name, str(line["prompts"]), str(line["words"]), *(f"{line[metric]:.4f}" for metric in shown)]
+        for name, line in lines.items()
+    ]
+    return table(["Regions", "Prompts", "Words", *(BY_REGIONS[metric] for metric in shown)], rows)
+
+
+def run(args: argparse.Namespace) -> int:
+    with clear_errors():
+        policy = load_policy(args)
+        if args.temperatures_of:
+            take_temperatures(policy, args.temperatures_of)
+        env = make_env(
+            policy,
+            split=args.split,
+            regions=args.regions,
+            prompts=args.prompts_from,
+            reward=args.reward,
+            reward_kwargs=args.reward_kwargs,
+        )
+        layout = env.world.layout if isinstance(env.world, PromptWorld) else None
+        scenes = held_out_scenes(env.world, args.prompts, args.seed, args.split)
+        decoding = decoding_from(args, Decoding())
+        clip = CLIPScore(args.clip, args.device) if args.clip and not args.gates else None
+        if clip:
+            clip.load()  # before the pictures are drawn, should it be missing
+    if args.gates:
+        return int(not check_gates(policy, env, scenes, args.seed))
+    evaluation = evaluate(policy, env, scenes, decoding, args.seed, BATCH, args.best_of)
+    measured = measure(evaluation)
+    if clip:
+        prefix = CLIP_PREFIX if layout == "cvtg" else ""
+        scores = clip(evaluation.images, [replace(scene, prompt=prefix + scene.prompt) for scene in scenes]).scores
+        measured["prompts"]["clip"] = [round(float(score), 6) for score in scores]
+        measured["metrics"]["clip"] = bootstrap_interval(scores)
+    if layout == "list":
+        accuracy = [ocr_accuracy(*pair) for pair in zip(scenes, evaluation.words_read, strict=True)]
+        measured["prompts"]["ocr_accuracy"] = [round(value, 6) for value in accuracy]
+        measured["metrics"]["ocr_accuracy"] = bootstrap_interval(accuracy)
+    measured["by_words"] = measure_by_words(scenes, measured["prompts"])
+    second = table_by_words(measured["by_words"])
+    if layout == "cvtg":
+        measured["by_regions"] = measure_by_regions(cast("list[PromptScene]", scenes), measured["prompts"])
+        second = table_by_regions(measured["by_regions"])
+    settings = {name: str(value) for name, value in vars(args).items()}
+    write_json(args.out / "evaluation.json", {"settings": settings, **measured})
+    save_strip(args.out / "samples.png", evaluation)
+    rows = [[ALL_METRICS[metric], with_interval(value)] for metric, value in measured["metrics"].items()]
+    print(table([f"{args.policy or 'base'}, {len(scenes)} {args.split} prompts", "Mean [95 % interval]"], rows))
+    print(f"\n{second}\n")
+    if not clip:
+        print(NO_CLIP)
+    print(f"{args.out}: evaluation.json, samples.png")
+    return 0

@@ -1,0 +1,42 @@
+"""Watch a picture grow scale by scale: in the terminal, as a PNG strip, or as an animated GIF.
+
+    vartext play                                                   # a held-out prompt, at random
+    vartext play 'A navy sign that says "KITE" above "RUN" in white letters'
+    vartext play --seed 3 --png runs/play.png --gif runs/play.gif --quiet
+    vartext play --policy runs/compare-quick/grpo/seed0/policy.safetensors --temperature 0.7
+
+The words of a prompt stand in double quotes. The last lines tell what OCR read and the score.
+The GIF shows the token grids beside the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from agents.experiments.options import Parser, add_decoding_options, add_model_options
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__, "vartext play")
+    parser.add_argument("prompt", nargs="?", help='such as: A sign that says "RUN" (default: a held-out one)')
+    parser.add_argument("--seed", type=int, help="of the prompt and of the sampler (default: another one each time)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="write all scales side by side")
+    parser.add_argument("--gif", type=Path, metavar="FILE", help="write an animation with the token grids")
+    parser.add_argument("--quiet", action="store_true", help="no pictures in the terminal")
+    parser.add_argument("--columns", type=int, default=64, help="width in the terminal (default: %(default)s)")
+    parser.add_argument("--delay", type=float, default=0.7, help="seconds between scales (default: %(default)s)")
+    add_model_options(parser)
+    add_decoding_options(parser)
+    args = parser.parse_args(argv)
+    if args.columns < 1 or args.delay < 0:
+        parser.error(f"--columns must be at least 1 and --delay at least 0, got {args.columns} and {args.delay}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    from agents.experiments.showing import run  # not above: it takes torch with it, and --help answers without
+
+    return run(args)

@@ -1,0 +1,390 @@
+"""The training of the tokenizer and of the base policy, for ``vartext pretrain``."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:  # a borrowed machine may have torch alone
+    SummaryWriter = None  # type: ignore[assignment, misc]
+
+from agents.policies import load_policy
+from agents.policies.base import Policy
+from agents.policies.var_text import VARTextPolicy
+from agents.sampling import Decoding, draw
+from var_env.faults import Faults
+from var_env.scenes import Scene, World, render
+from var_env.schedule import ScaleSchedule
+from var_env.tokenizers import Tokenizer, load_tokenizer
+from var_env.tokenizers.base import VisualTokenizer, from_unit, to_unit
+from var_env.tokenizers.bits import BitTokenizer, bit_entropies
+from var_env.tokenizers.raster import RasterTokenizer
+from var_env.tokenizers.residual import DEFAULT_SCHEDULE
+
+if TYPE_CHECKING:
+    from agents.policies.qwen import QwenPolicy
+
+
+class SceneStream(torch.utils.data.IterableDataset):
+    """Batches of training scenes as their prompts ask for them, and images, which may show planted faults instead.
+
+    Batch i is drawn from ``(seed, i)`` alone, so a resumed run draws the same.
+    """
+
+    def __init__(self, batch: int, seed: int, start: int, faults: Faults) -> None:
+        self.batch, self.seed, self.start, self.faults = batch, seed, start, faults
+        self.world = World(split="train")
+        faults.check_world(self.world)
+
+    def __iter__(self) -> Iterator[tuple[list[Scene], Tensor]]:
+        i = self.start
+        while True:
+            rng = np.random.default_rng([self.seed, i])
+            scenes = [self.world.sample(rng) for _ in range(self.batch)]
+            shown = [self.faults.shown(scene, self.world, rng) for scene in scenes]
+            yield scenes, torch.from_numpy(np.stack([render(scene) for scene in shown]))
+            i += 1
+
+
+def ink_weight(images: Tensor, scenes: list[Scene], weight: float) -> Tensor:
+    """Loss weights ``(B, 1, S, S)``: `weight` on pixels that are not the ground's colour, else 1."""
+    ground = torch.tensor([scene.ground for scene in scenes], dtype=torch.uint8, device=images.device)
+    ink = (images != ground[:, None, None, :]).any(-1)  # (B, S, S)
+    return 1 + (weight - 1) * ink.float().unsqueeze(1)
+
+
+class EmaCodebook:
+    """The codebook as a running mean of the vectors that each code won; codes that win nothing are set anew."""
+
+    def __init__(self, tokenizer: Tokenizer, decay: float = 0.99) -> None:
+        self.tokenizer, self.codebook, self.decay = tokenizer, tokenizer.codebook, decay
+        self.count = torch.ones(len(self.codebook), device=self.codebook.device)
+        self.total = self.codebook.clone()
+        self.tensors = {"count": self.count, "total": self.total}
+
+    def penalty(self, vectors: Tensor) -> Tensor:
+        """Nothing: the codes follow the vectors by themselves."""
+        return vectors.new_zeros(())
+
+    @torch.no_grad()
+    def update(self, vectors: Tensor, codes: Tensor) -> None:
+        """`vectors` ``(N, C)`` and the codes they fell on ``(N, 1)``."""
+        codes = codes.squeeze(1)
+        self.count.lerp_(torch.bincount(codes, minlength=len(self.codebook)).float(), 1 - self.decay)
+        total = torch.zeros_like(self.total).index_add_(0, codes, vectors)
+        self.total.lerp_(total, 1 - self.decay)
+        dead = self.count < 0.02
+        fresh = vectors[torch.randint(len(vectors), (int(dead.sum()),))]
+        self.count[dead], self.total[dead] = 1.0, fresh
+        self.codebook.copy_(self.total / self.count.unsqueeze(1))
+
+    @torch.no_grad()
+    def start(self, features: Tensor) -> None:
+        """Codes drawn from the residuals of every scale of one batch, each scale quantised by its own mean colour."""
+        tokenizer, samples, residual = self.tokenizer, [], features
+        for t in range(len(tokenizer.schedule)):
+            vector = tokenizer.read(t, residual)
+            samples.append(vector.flatten(0, 1))
+            residual = residual - tokenizer.spread(t, vector)
+        share = tokenizer.vocab_size // len(samples)
+        picks = [s[torch.randint(len(s), (share,))] for s in samples[:-1]]
+        rest = tokenizer.vocab_size - share * len(picks)
+        picks.append(samples[-1][torch.randint(len(samples[-1]), (rest,))])
+        self.codebook.copy_(torch.cat(picks))
+        self.total.copy_(self.codebook)
+        self.count.fill_(1.0)
+
+    def report(self) -> dict[str, Tensor]:
+        return {"used_codes": (self.count > 0.1).sum()}
+
+
+class BitUse:
+    """What bits need in place of a codebook: to be used. The entropy regularisation of BSQ."""
+
+    def __init__(self, weight: float = 0.1, sharpness: float = 10.0) -> None:
+        self.weight, self.sharpness = weight, sharpness
+        self.tensors: dict[str, Tensor] = {}
+        self.used = torch.zeros(())
+
+    def start(self, features: Tensor) -> None:
+        """There is nothing to initialise."""
+
+    def penalty(self, vectors: Tensor) -> Tensor:
+        """Of vectors ``(N, D)``: each bit decided, and both of its values equally likely."""
+        undecided, used = bit_entropies(vectors, self.sharpness)
+        return self.weight * (undecided - used)
+
+    def update(self, vectors: Tensor, codes: Tensor) -> None:
+        """`codes` ``(N, D)``: how many bits of information they hold, taken one by one."""
+        ones = codes.float().mean(0)
+        self.used = (torch.special.entr(ones) + torch.special.entr(1 - ones)).sum() / math.log(2)
+
+    def report(self) -> dict[str, Tensor]:
+        return {"used_bits": self.used}
+
+
+def train_tokenizer(args: argparse.Namespace) -> None:
+    """A plain autoencoder first, then quantised, with a codebook initialised from the data."""
+    torch.manual_seed(args.seed)
+    tokenizer = new_tokenizer(args).to(args.device)
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
+    run = Run(args, "tokenizer", tokenizer, optimizer)
+    book = EmaCodebook(tokenizer) if isinstance(tokenizer, Tokenizer) else BitUse()
+    run.extra = book.tensors
+    run.resume()
+    warm_up = args.tokenizer_steps // 6  # steps as a plain autoencoder
+    for step, (scenes, images) in run.steps(args.tokenizer_steps, args.tokenizer_lr, cosine):
+        images = images.to(args.device)
+        x = to_unit(images)
+        with torch.autocast(args.device, dtype=torch.bfloat16):
+            features = tokenizer.features(x)
+        features = features.float()
+        canvas, residual = tokenizer.blank(len(x)), features
+        vectors, codes, penalty = [], [], torch.zeros((), device=args.device)
+        if step >= warm_up:
+            for t in range(len(tokenizer.schedule)):
+                vector = tokenizer.read(t, residual)  # (B, n_t, C)
+                if step == warm_up and t == 0:
+                    book.start(residual)
+                grid = tokenizer.nearest(vector)
+                vectors.append(vector.flatten(0, 1))
+                codes.append(grid.flatten(0, 1))
+                part = tokenizer.contribution(t, grid)
+                canvas, residual = canvas + part, residual - part.detach()
+            commitment = F.mse_loss(features, canvas.detach())
+            smoothing = F.mse_loss(canvas, features.detach())  # trains phi
+            quantised = features + (canvas - features).detach()
+            penalty = book.penalty(torch.cat(vectors))
+        else:
+            commitment = features.square().mean() * 0.01  # keeps the features' size bounded before there is a codebook
+            smoothing = torch.zeros((), device=args.device)
+            quantised = features
+        with torch.autocast(args.device, dtype=torch.bfloat16):
+            picture = tokenizer.decoder(quantised)
+        weight = ink_weight(images, scenes, 5.0)
+        error = (weight * (picture.float() - x).square()).mean() / weight.mean()
+        (error + 0.25 * commitment + smoothing + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= warm_up:
+            book.update(torch.cat(vectors), torch.cat(codes))
+        run.log(step, error=error, commitment=commitment, smoothing=smoothing, **book.report())
+        if run.is_time_for_pictures(step):
+            run.picture(step, torch.cat([images[:8], from_unit(picture.detach())[:8]]))
+    steps_of(tokenizer, args).save(args.out / "tokenizer.safetensors")
+
+
+def new_tokenizer(args: argparse.Namespace) -> Tokenizer | BitTokenizer:
+    """Random weights; for a raster, one scale of as many tokens as the finest scale has."""
+    schedule = DEFAULT_SCHEDULE
+    if args.bits:
+        return BitTokenizer(schedule, args.bits)
+    if args.schedule == "raster":
+        schedule = ScaleSchedule([DEFAULT_SCHEDULE.canvas], DEFAULT_SCHEDULE.patch)
+    return Tokenizer(schedule, args.vocab_size)
+
+
+def steps_of(tokenizer: Tokenizer | BitTokenizer, args: argparse.Namespace) -> VisualTokenizer:
+    """What the environment takes: scales are steps, or the tokens of the only one."""
+    return RasterTokenizer(tokenizer) if isinstance(tokenizer, Tokenizer) and args.schedule == "raster" else tokenizer
+
+
+def train_policy(args: argparse.Namespace) -> None:
+    """Teacher forcing on the tokenizer's grids, a few of the written codes swapped, the prompt dropped at times."""
+    torch.manual_seed(args.seed)
+    tokenizer: Any = load_tokenizer(args.out / "tokenizer.safetensors").to(args.device)  # one of train_tokenizer's
+    policy = new_policy(args, tokenizer).to(args.device)
+    optimizer = torch.optim.AdamW(decay_groups(policy), betas=(0.9, 0.95), fused=True)
+    run = Run(args, "policy", policy, optimizer)
+    run.resume()
+    forward = torch.compile(policy.from_features) if args.compile else policy.from_features
+    schedule, steps = tokenizer.schedule, range(len(tokenizer.schedule))
+    bands = [(name, sum(schedule.sizes[t] for t in band)) for name, band in schedule.bands]
+    shape = functools.partial(plateau, decay=args.decay)
+    for step, (scenes, images) in run.steps(args.policy_steps, args.policy_lr, shape):
+        generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
+        with torch.no_grad(), torch.autocast(args.device, dtype=torch.bfloat16):
+            encoded = tokenizer.features(to_unit(images.to(args.device))).float()
+        # Swapped codes teach a policy to correct itself. At the end they would only blur what it is sure of.
+        written, labels = tokenizer.quantise(encoded, args.swap * shape(step, args.policy_steps), generator)
+        cond: Any = policy.encode_prompts([scene.prompt for scene in scenes])
+        dropped = torch.rand(len(scenes), 1, generator=generator, device=args.device) < args.drop_prompt
+        cond = type(cond)(
+            *(torch.where(dropped, null, part) for null, part in zip(policy.null_cond(cond), cond, strict=True))
+        )
+        features = torch.cat(tokenizer.read_all(written, steps[-1], len(scenes)), dim=1)
+        logits = forward(cond, features, steps)  # (B, L, D, V)
+        loss = F.cross_entropy(logits.flatten(0, 2), torch.cat(labels, dim=1).flatten(), reduction="none")
+        loss = loss.view(len(scenes), schedule.total_tokens, -1).sum(2)  # (B, L), nats a token
+        loss.mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        per_band = loss.detach().mean(0).split([tokens for _, tokens in bands])
+        run.log(
+            step,
+            loss=loss.mean(),
+            gradient_norm=norm,
+            **{f"scale/{name}": part.mean() for (name, _), part in zip(bands, per_band, strict=True)},
+        )
+        if run.is_time_for_pictures(step):
+            held_out = World(split="val")
+            shown = [held_out.sample(np.random.default_rng(i)) for i in range(8)]
+            run.picture(step, sample_images(policy, [s.prompt for s in shown], generator))
+    policy.save(args.out / "policy.safetensors")
+
+
+def new_policy(args: argparse.Namespace, tokenizer: VisualTokenizer) -> VARTextPolicy | QwenPolicy:
+    """Random weights, or those of ``--start``."""
+    if args.start is not None:
+        return load_policy(args.start, tokenizer)  # type: ignore[return-value]
+    if args.policy == "qwen":
+        from agents.policies.qwen import QwenPolicy
+
+        return QwenPolicy.small(tokenizer, args.width, args.layers, args.heads)
+    return VARTextPolicy(tokenizer, args.width, args.layers, args.heads)
+
+
+@torch.no_grad()
+def sample_images(policy: Policy, prompts: list[str], generator: torch.Generator) -> Tensor:
+    """One picture a prompt, uint8 ``(B, S, S, 3)``, drawn from the policy's own distribution."""
+    tokenizer = policy.tokenizer
+    cache, canvas, grid = policy.begin(policy.encode_prompts(prompts)), tokenizer.blank(len(prompts)), None
+    for t in range(len(tokenizer.schedule)):
+        logits, cache = policy.step(cache, t, tokenizer.read(t, canvas), grid)
+        grid = draw(logits, None, Decoding(), generator).tokens
+        canvas = tokenizer.write(t, canvas, grid)
+    return tokenizer.decode(canvas)
+
+
+def cosine(step: int, total: int) -> float:
+    """A linear warm-up over 2 % of the steps, and half a cosine down to 5 %."""
+    return min(1.0, 50 * step / total) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / total)) / 2)
+
+
+def plateau(step: int, total: int, decay: float) -> float:
+    """A warm-up over 64 steps, then flat, then down to 2 % over the last share `decay`. A checkpoint of the flat part
+    can go on to any later end, by another ``--policy-steps`` (warm-up-stable-decay; Hu et al., arXiv 2404.06395)."""
+    return min(1.0, step / 64) * min(1.0, 0.02 + 0.98 * (1 - step / total) / decay)
+
+
+def decay_groups(policy: Policy) -> list[dict]:
+    """Weight decay for the matrices and none for biases, norms and embeddings. The temperatures are not trained."""
+    embeddings = ("text.byte.weight", "model.decoder.embed_tokens.weight")
+    matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and name not in embeddings]
+    chosen = {id(p) for p in matrices}
+    others = [p for name, p in policy.named_parameters() if id(p) not in chosen and name != "sharpness"]
+    return [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+
+
+class Run:
+    """What both stages share: the step loop with its schedule, checkpoints, logs and pictures."""
+
+    def __init__(
+        self, args: argparse.Namespace, name: str, module: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.args, self.name, self.module, self.optimizer = args, name, module, optimizer
+        self.path = args.out / f"{name}.checkpoint.pt"
+        self.first, self.seen = 0, 0
+        self.batch = args.batch or {"tokenizer": 64, "policy": 32}[name]
+        self.extra: dict[str, Tensor] = {}  # more tensors to checkpoint
+        self.sums: dict[str, Tensor] = {}
+        args.out.mkdir(parents=True, exist_ok=True)
+        self.writer: SummaryWriter | None = None
+        if SummaryWriter is not None:
+            self.writer = SummaryWriter(str(args.out / "tensorboard" / name))
+
+    def resume(self) -> None:
+        if self.path.is_file():
+            saved = torch.load(self.path, map_location=self.args.device, weights_only=True)
+            self.module.load_state_dict(saved["module"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            for name, tensor in self.extra.items():
+                tensor.copy_(saved["extra"][name])
+            self.first, self.seen = saved["step"], saved["seen"]
+            print(f"{self.name}: going on from step {self.first} ({self.seen} images seen)", flush=True)
+
+    def save(self, step: int) -> None:
+        state = {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "extra": self.extra,
+            "step": step,
+            "seen": self.seen,
+        }
+        part = self.path.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(self.path)
+
+    def steps(self, total: int, peak: float, shape: Callable[[int, int], float]) -> Iterator[tuple[int, Any]]:
+        """Numbered batches, with the learning rate set to `peak` times `shape(step, total)`."""
+        args = self.args
+        faults = args.faults if self.name == "policy" else Faults()  # a tokenizer has no prompt to deviate from
+        scenes = SceneStream(self.batch, args.seed, self.first, faults)
+        stream = torch.utils.data.DataLoader(scenes, batch_size=None, num_workers=args.workers)
+        self.clock = time.monotonic()
+        for step, batch in zip(range(self.first, total), stream, strict=False):
+            for group in self.optimizer.param_groups:
+                group["lr"] = peak * shape(step, total)
+            yield step, batch
+            self.seen += self.batch
+            if (step + 1) % args.save_every == 0 or step + 1 == total:
+                self.save(step + 1)
+
+    def log(self, step: int, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        if (step + 1) % self.args.log_every:
+            return
+        means = {name: float(total) / self.args.log_every for name, total in self.sums.items()}
+        self.sums.clear()
+        rate = self.args.log_every * self.batch / (time.monotonic() - self.clock)
+        self.clock = time.monotonic()
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
+        print(f"{self.name} {step + 1}  {rate:.0f} images/s  {shown}", flush=True)
+        if self.writer:
+            for name, value in means.items():
+                self.writer.add_scalar(f"{self.name}/{name}", value, self.seen)
+            self.writer.add_scalar(f"{self.name}/images_per_second", rate, self.seen)
+
+    def is_time_for_pictures(self, step: int) -> bool:
+        return self.writer is not None and (step + 1) % self.args.picture_every == 0
+
+    def picture(self, step: int, images: Tensor) -> None:
+        assert self.writer is not None
+        self.writer.add_images(f"{self.name}/samples", images.cpu(), self.seen, dataformats="NHWC")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Copy the trained weights into the packages, in bf16: half the size, and OCR sees no difference."""
+    tokenizer = load_tokenizer(args.out / "tokenizer.safetensors")
+    if not isinstance(tokenizer, Tokenizer | RasterTokenizer):
+        raise SystemExit(f"the packages have no place for a {type(tokenizer).__name__}: use its file where it is")
+    policy = load_policy(args.out / "policy.safetensors", tokenizer)
+    if not isinstance(policy, VARTextPolicy):
+        raise SystemExit(f"the packages have no place for a {type(policy).__name__}: use its file where it is")
+    names = {"scales": ("tokenizer", "base"), "raster": ("raster_tokenizer", "raster")}[args.schedule]
+    root, shipped = Path(__file__).parents[2], f"var_env/assets/{names[0]}.safetensors"
+    weights = f"agents/policies/assets/{names[1]}.safetensors"
+    tokenizer.save(root / shipped, half=True)
+    policy.save(root / weights, half=True)
+    print(f"wrote {shipped} and {weights}")
+    print(f"check them with: vartext evaluate --gates --tokenizer {shipped} --policy {weights}")
+
+
+def run(args: argparse.Namespace) -> int:
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    {"tokenizer": train_tokenizer, "policy": train_policy, "export": export}[args.stage](args)
+    return 0

@@ -1,0 +1,147 @@
+"""The options that all runs of a comparison have in common, for `runs.Comparison`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from agents.experiments.agent_options import add_agent_options, agent_settings
+from agents.experiments.options import (
+    Parser,
+    add_model_options,
+    add_prompts_option,
+    add_reward_options,
+    option_of,
+    require_at_least_one,
+)
+from agents.experiments.tuned import COMMON
+
+
+def option(default: Any, text: str, rare: bool = False) -> Any:
+    return field(default=default, metadata={"help": text, "rare": rare})
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What all runs have in common. Every field is an option of the command line."""
+
+    images: int = option(1600, "budget of each run in reward calls, one for each picture decoded")
+    seconds: float = option(0.0, "cap on the training time of each run, which then is compared with none; 0 for none")
+    learning_rate: float = option(5e-5, "AdamW's")
+    group_size: int = option(8, "G, pictures for each prompt; prefixes for each in VMR's prefix updates")
+    prompts_per_update: int = option(8, "P, so that an update learns from P * G rows")
+    kl_coef: float = option(0.02, "weight of the KL to the base policy; 0 is without")
+    temperature: float = option(1.0, "of the sampler while training")
+    eval_temperature: float = option(1.0, "of the sampler in evaluations", rare=True)
+    test_prompts: int = option(256, "held-out prompts of the table, from the test split", rare=True)
+    val_prompts: int = option(64, "held-out prompts of the curves, from the val split", rare=True)
+    eval_every: int = option(10, "updates between two evaluations while training", rare=True)
+
+    def __post_init__(self) -> None:
+        values = dataclasses.asdict(self)
+        require_at_least_one(**{name: value for name, value in values.items() if isinstance(value, int)})
+        for name, value in values.items():
+            if not value >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
+
+
+def add_run_options(parser: Parser, presets: Mapping[str, Preset]) -> None:
+    """``--device`` and so on, the fields of `Preset`, ``--ray``, and the agents' settings, for `finish`."""
+    add_model_options(parser)
+    add_reward_options(parser)
+    add_prompts_option(parser)
+    common = parser.add_argument_group("what all runs have in common")
+    for entry in dataclasses.fields(Preset):
+        values = {name: getattr(preset, entry.name) for name, preset in presets.items()}
+        same = len(set(values.values())) == 1
+        default = next(iter(values.values())) if same else ", ".join(f"{v} in {name}" for name, v in values.items())
+        group = parser.rare if entry.metadata["rare"] else common
+        group.add_argument(
+            option_of(entry.name),
+            type=type(entry.default),
+            metavar=type(entry.default).__name__.upper(),
+            help=f"{entry.metadata['help']} (default: {default})",
+        )
+    parser.rare.add_argument(
+        "--save-every",
+        type=int,
+        default=10,
+        metavar="UPDATES",
+        help="between two checkpoints, from which a run that was killed goes on (default: %(default)s)",
+    )
+    add_ray_options(parser)
+    taken = [entry.name for entry in dataclasses.fields(Preset)]
+    parser.add_later(lambda _: add_agent_options(parser, taken))
+
+
+def finish(args: argparse.Namespace, preset: Preset) -> None:
+    """Set ``args.settings``, a `Preset` with what was given, ``args.given``, which fields of it that are, and
+    ``args.method``, the other settings of the agents."""
+    given = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(Preset)}
+    args.given = {name: value for name, value in given.items() if value is not None}
+    args.settings = dataclasses.replace(preset, **args.given)
+    args.tuned = COMMON  # a command that takes --settings says otherwise
+    require_at_least_one(save_every=args.save_every)
+    check_ray(args)
+    args.method = {name: value for name, value in agent_settings(args).items() if name not in given}
+
+
+def add_ray_options(parser: Parser) -> None:
+    """``--ray`` and its like, for `check_ray` and `ray_runs.RayRuns`."""
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="train many runs at a time as tasks of Ray, on this machine or in a cluster, see --help-all "
+        "(default: one run after another)",
+    )
+    group = parser.rare_group(
+        "many runs at a time, with Ray",
+        "--ray without an address uses the cluster that RAY_ADDRESS names, or else all CPUs and GPUs of this\n"
+        "machine; auto is the cluster that this machine is part of, or give HOST:6379 or ray://HOST:10001. On several\n"
+        "machines, --out must be on a file system that they share, with code and files at the same paths, and agents\n"
+        "of your own must come by --plugin. The next word is taken for the address, so write a bare --ray last.",
+    )
+    group.add_argument(
+        "--ray-gpus",
+        type=float,
+        metavar="SHARE",
+        help="GPUs a run, 0 to 1: with 0.25, four runs share one. Ray counts shares and does not divide the memory, "
+        "so that all four have to fit (default: 1 when --device is a GPU, else 0)",
+    )
+    group.add_argument(
+        "--ray-cpus",
+        type=int,
+        default=1,
+        metavar="CPUS",
+        help="CPUs a run, each a thread of torch; as many runs go on at a time as there are CPUs, and GPUs, for. The "
+        "number of threads may change the last digits of a score (default: %(default)s)",
+    )
+    group.add_argument(
+        "--ray-retries",
+        type=int,
+        default=3,
+        metavar="TIMES",
+        help="how often a run whose worker died goes on from its last checkpoint before it is left out "
+        "(default: %(default)s)",
+    )
+
+
+def check_ray(args: argparse.Namespace) -> None:
+    """``ImportError`` when there is no Ray to use, ``ValueError`` for numbers that make no sense."""
+    if args.ray is None:
+        return
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        raise ImportError('--ray needs the package ray: pip install "vartext[ray]", or leave out --ray') from None
+    if args.ray_gpus is not None and not 0 <= args.ray_gpus <= 1:
+        raise ValueError(f"--ray-gpus must lie in [0, 1], for a run uses one GPU at most, got {args.ray_gpus}")
+    if args.ray_cpus < 1:
+        raise ValueError(f"--ray-cpus must be at least 1, got {args.ray_cpus}")
+    if args.ray_retries < 0:
+        raise ValueError(f"--ray-retries must be at least 0, got {args.ray_retries}")

@@ -1,0 +1,124 @@
+"""The weights of an agent: its policy, their average, the optimiser, and their shards on several processes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from stable_baselines3.common import utils
+from torch import Tensor
+
+from agents.common import processes
+from agents.policies.base import Policy
+from agents.restorable import Restorable
+
+
+class Trainable(Restorable):
+    """An algorithm whose policy learns by gradient steps. `Agent` tells what the attributes are."""
+
+    max_grad_norm: float
+    max_skipped: int
+    ema_decay: float | None
+    skipped_steps: int
+    _skipped_in_a_row: int
+    seconds: float
+
+    def _setup_model(self) -> None:
+        self.policy.eval()  # no dropout of prompts, here or in the reference
+        if self.ema_decay is not None:
+            self.ema = frozen_copy(self.policy)
+        self.lr_schedule = utils.FloatSchedule(self.learning_rate)
+        self.optimizer = torch.optim.AdamW(
+            [weight for weight in self.policy.parameters() if weight.requires_grad],
+            lr=self.lr_schedule(1.0),
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+        )
+
+    @property
+    def n_updates(self) -> int:
+        return self._n_updates
+
+    @property
+    def best_policy(self) -> Policy:
+        """What to evaluate and to ship: the averaged policy if there is one, else the policy."""
+        return self.policy if self.ema is None else self.ema
+
+    def _shard(self) -> None:
+        """Shard the policies and the optimiser's state, when that is asked for and not done yet."""
+        if not self.processes.shards:
+            return
+        before = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        for policy in (self.policy, self.reference, self.ema):
+            if policy is not None:
+                self.processes.shard(policy)
+        after = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        state = [self.optimizer.state[weight] for weight in before]
+        self.optimizer.param_groups[0]["params"] = after
+        self.optimizer.state = defaultdict(dict)
+        for weight, values in zip(after, state, strict=True):
+            if values:
+                self.optimizer.state[weight] = {k: processes.sharded_like(v, weight) for k, v in values.items()}
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """Around the learning of an iteration: sets the learning rate, and counts and times the update."""
+        start = time.perf_counter()
+        self._update_learning_rate(self.optimizer)
+        yield
+        self._n_updates += 1
+        elapsed = time.perf_counter() - start
+        self.seconds += elapsed
+        self.logger.record("train/n_updates", self.n_updates)
+        self.logger.record("time/update", elapsed)
+
+    def optimizer_step(self, loss: Tensor | None = None) -> float:
+        """Sum the gradient over processes, clip it, take the step, move the average; returns the gradient's norm.
+
+        When the gradient is not finite, or the loss if it is given, the step is skipped: the weights stay, a warning
+        tells, and what is returned is not finite.
+
+        Raises:
+            RuntimeError: more than ``max_skipped`` steps in a row were not finite; the weights are as before them.
+        """
+        self.processes.sum_gradients(self.policy.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        size = processes.whole(norm).item()
+        total = 0.0 if loss is None else self.processes.reduce([loss.item()])[0]
+        if not (math.isfinite(size) and math.isfinite(total)):
+            self._skip("gradient norm" if math.isfinite(total) else "loss", size if math.isfinite(total) else total)
+            return math.nan
+        self._skipped_in_a_row = 0
+        self.optimizer.step()
+        if self.ema is not None:
+            assert self.ema_decay is not None
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), list(self.policy.parameters()), 1 - self.ema_decay)
+        return size
+
+    def _skip(self, name: str, value: float) -> None:
+        """Count a step that would ruin the weights; ``RuntimeError`` when there were too many."""
+        self.optimizer.zero_grad()
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        told = (
+            f"the {name} of update {self.n_updates + 1} is {value}: the step was not applied and the weights are as "
+            "before it"
+        )
+        if self._skipped_in_a_row > self.max_skipped:
+            raise RuntimeError(
+                f"{told}, {self._skipped_in_a_row} in a row; lower learning_rate, raise kl_coef, or load an earlier "
+                "checkpoint"
+            )
+        warnings.warn(f"{told}; training ends when more than {self.max_skipped} in a row are so", stacklevel=3)
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """Weights of its own, without gradients; the tokenizer is shared."""
+    return copy.deepcopy(policy, {id(policy.tokenizer): policy.tokenizer}).requires_grad_(False)
