@@ -7,6 +7,7 @@ stand the weights and their optimiser, ``trainable.py``, and what is saved, ``re
 from __future__ import annotations
 
 import time
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,16 +23,19 @@ from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 
 from agents import logs
 from agents.common import processes
-from agents.common.checks import require_at_least, require_seed
+from agents.common.checks import require_at_least, require_groups
 from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora, lora_options
 from agents.progress import SampleProgressBar
 from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs, prompts_of
 from agents.sampling import Decoding, SharedNoise
+from agents.step_locals import step_locals
 from agents.trainable import Trainable
 from agents.trainable import frozen_copy as frozen_copy
 from rewards.serving.pool import RewardPool
+from var_env.sb3 import VARTextVecEnv
+from var_env.seeding import as_seed
 from var_env.tokenizers.base import VisualTokenizer
 from var_env.unfamiliar import warn_of_prompt
 from var_env.vector import VARTextVectorEnv
@@ -49,7 +53,7 @@ class Agent(Trainable):
     Args:
         policy: trained in place. "base" is the shipped policy; a path loads a file of its ``save``.
         env: an id, a single environment or a batched one, or ``None`` to only predict.
-        group_size: G, pictures for each prompt.
+        group_size: G, pictures for each prompt; at least ``min_group_size``.
         prompts_per_update: P, of all processes together. The prompts of update u depend on the seed and on u alone,
             whatever the agent and the processes.
         learning_rate: AdamW's, a number or a function of the remaining progress, 1 to 0, such as those of
@@ -67,10 +71,11 @@ class Agent(Trainable):
             one piece, and needs no pool. With a pool, `while_scored` fills the wait after the last part.
         decoding: how training samples are drawn.
         image_interval: updates between two pictures of samples in TensorBoard; 0 for none.
-        seed: ``None`` draws one.
+        seed: 0 to 2**64 - 1; ``None`` draws one.
         tensorboard_log, device, verbose: as in Stable-Baselines3.
 
     Attributes:
+        min_group_size: of the class: 2 where an algorithm compares the images of a prompt with each other.
         num_timesteps: environment steps, one a grid and row. It alone starts again with ``learn()``'s
             ``reset_num_timesteps``; the rest count the agent's whole life, files included.
         images_decoded, tokens_sampled, n_updates: pictures (reward calls), tokens, calls of ``update``; of all
@@ -81,6 +86,8 @@ class Agent(Trainable):
         ema: the averaged policy, if there is one.
         processes: those that train this agent together, see ``agents/common/processes.py``.
     """
+
+    min_group_size = 1
 
     def __init__(
         self,
@@ -103,6 +110,7 @@ class Agent(Trainable):
         verbose: int = 0,
         _init_setup_model: bool = True,
     ) -> None:
+        seed = None if seed is None else as_seed(seed)
         if not isinstance(policy, Policy):
             policy = load_policy(None if policy == "base" else policy)
         super().__init__(
@@ -116,7 +124,7 @@ class Agent(Trainable):
         )
         require_at_least(1, group_size=group_size, prompts_per_update=prompts_per_update, overlap=overlap)
         require_at_least(0, max_skipped=max_skipped)
-        require_seed(seed, 32)
+        require_groups(type(self), group_size)
         if not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
         if ema_decay is not None and not 0 <= ema_decay < 1:
@@ -130,7 +138,7 @@ class Agent(Trainable):
         self.reference: Policy | None = None
         self.ema: Policy | None = None
         self.max_grad_norm, self.max_skipped, self.ema_decay = max_grad_norm, max_skipped, ema_decay
-        self.skipped_steps = self._skipped_in_a_row = 0
+        self.skipped_steps = self._skipped_in_a_row = self._steps = self._steps_that_moved = 0
         self.group_size, self.prompts_per_update = group_size, prompts_per_update
         self.decoding, self.image_interval, self.overlap = decoding, image_interval, overlap
         self.images_decoded = self.tokens_sampled = self._rollouts = 0
@@ -151,15 +159,14 @@ class Agent(Trainable):
     def set_random_seed(self, seed: int | None = None) -> None:
         """Seed the sampler, the prompts to come, and Python's, numpy's and torch's own generators.
 
-        ``ValueError`` for a seed outside of 0 to 2**32 - 1, which is all that numpy's takes.
+        ``ValueError`` for a seed outside of 0 to 2**64 - 1.
         """
-        require_seed(seed, 32)
         if seed is None:
             drawn = int(np.random.SeedSequence().generate_state(1)[0])  # saved, so that a resumed run goes on
             self.seed = self.processes.broadcast(drawn)
         else:
-            self.seed = seed
-            utils.set_random_seed(seed, using_cuda=self.device.type == "cuda")
+            self.seed = as_seed(seed)
+            utils.set_random_seed(self.seed % 2**32, using_cuda=self.device.type == "cuda")  # numpy's takes no more
         self._rollouts = 0
         self.generator.manual_seed(self.seed)
 
@@ -196,6 +203,10 @@ class Agent(Trainable):
         """Learn on another environment with the same spaces."""
         self._bind(env)
 
+    def get_env(self) -> VARTextVecEnv | None:
+        """The environment as Stable-Baselines3's functions take it, P rows; ``env`` is Gymnasium's."""
+        return None if self.env is None else VARTextVecEnv(self.env)
+
     def _bind(self, env: Any) -> None:
         envs = make_envs(env, self.processes.share(self.prompts_per_update, "prompts_per_update"))
         if not same_tokenizer(self.policy.tokenizer, envs.tokenizer):
@@ -216,7 +227,7 @@ class Agent(Trainable):
         self: AgentT,
         total_timesteps: int,
         callback: MaybeCallback = None,
-        log_interval: int = 1,
+        log_interval: int | None = 1,
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
@@ -224,16 +235,22 @@ class Agent(Trainable):
         """Iterate until ``total_timesteps`` environment steps (grids) are done; the last iteration is finished.
 
         ``callback`` may end it earlier. When it does so after the last step of a rollout, that rollout is still
-        learned from; before, the rollout is dropped. ``log_interval`` counts iterations.
+        learned from; before, the rollout is dropped. ``log_interval`` counts iterations; ``None`` or 0 logs none.
+
+        When no update had a gradient to follow, a `UserWarning` says so at the end.
         """
         if self.env is None:
             raise ValueError("this agent has no environment to learn on: pass env= to load(), or call set_env()")
+        for part in (self, *self.wrappers):  # once more, since load() and others may set another size
+            require_groups(type(part), self.group_size)
         if not self.processes.is_first:
             self.set_logger(Logger(None, []))
             progress_bar = False
         self._shard()
+        self._steps = self._steps_that_moved = 0
+        tb_log_name = self.name if tb_log_name is None else tb_log_name
         total_timesteps, self.callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name or self.name, progress_bar
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
         self.callback.on_training_start(locals(), globals())
         self._stop, iteration = False, 0
@@ -249,11 +266,22 @@ class Agent(Trainable):
                 raise
             self.seconds = self.processes.reduce([self.seconds], "max")[0]  # budgets end for all at once
             iteration += 1
-            if iteration % log_interval == 0:
+            if log_interval and iteration % log_interval == 0:
                 self.dump_logs(iteration)
         self.callback.on_training_end()
         self.callback = self._init_callback(None)
+        self._warn_when_nothing_moved()
         return self
+
+    def _warn_when_nothing_moved(self) -> None:
+        if self._steps and not self._steps_that_moved and self.processes.is_first:
+            name = self.wrappers[-1].name if self.wrappers else self.name
+            warnings.warn(
+                f"{name} with seed {self.seed} learned nothing: all {self._steps} optimiser steps had a gradient "
+                "or a learning rate of zero. Look at rollout/zero_variance_groups, the share of prompts whose images "
+                "were all rewarded alike, and at learning_rate",
+                stacklevel=3,
+            )
 
     def _out_of_memory(self, error: BaseException) -> str:
         return (
@@ -276,6 +304,7 @@ class Agent(Trainable):
             rollout.require_finite()
         except ValueError as error:
             raise RuntimeError(f"sampling for update {self.n_updates + 1} failed, weights intact: {error}") from error
+        self.callback.update_locals({"rollout": rollout})
         self.callback.on_rollout_end()
         self.seconds += sum(rollout.seconds.values())
         logs.record_rollout(self.logger, rollout, self.processes)
@@ -329,7 +358,7 @@ class Agent(Trainable):
         self.num_timesteps += rows
         self.tokens_sampled += rows * envs.schedule.sizes[envs.t - 1]
         self.images_decoded += rows if complete else 0
-        self.callback.update_locals({"envs": envs})
+        self.callback.update_locals(step_locals(envs))
         if self.processes.any(not self.callback.on_step()):
             self._stop = True
             if not complete:

@@ -27,6 +27,8 @@ class BestOfN(GRPO):
         n: pictures to choose from.
     """
 
+    min_group_size = 1
+
     def __init__(self, policy: Any, env: Any, *, n: int = 8, **grpo: Any) -> None:
         require_at_least(1, n=n)
         super().__init__(policy, env, **grpo)
@@ -40,7 +42,7 @@ class BestOfN(GRPO):
         self,
         total_timesteps: int,
         callback: MaybeCallback = None,
-        log_interval: int = 1,
+        log_interval: int | None = 1,
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,

@@ -18,6 +18,7 @@ from agents.common.files import replacing
 from agents.evaluation import Evaluation, evaluate, held_out_scenes
 from agents.sampling import Decoding
 from var_env.scenes import Scene
+from var_env.seeding import as_seed
 
 LOWER_IS_BETTER = ("nothing_read",)  # of the metrics in Evaluation.means()
 
@@ -86,7 +87,7 @@ class HeldOutEval(AgentCallback):
         super().__init__()
         if every < 1:
             raise ValueError(f"every must be at least 1 update, got {every}")
-        self.every, self.split, self.seed = every, split, seed
+        self.every, self.split, self.seed = every, split, as_seed(seed)
         self.count = prompts if isinstance(prompts, int) else len(prompts)
         self.scenes = [] if isinstance(prompts, int) else list(prompts)
         self.decoding, self.batch_size = decoding, batch_size

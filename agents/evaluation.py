@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.common.checks import require_at_least, require_seed
+from agents.common.checks import require_at_least
+from agents.inner_env import inner_env
 from agents.policies.base import Policy
 from agents.rollout import collect, resized
 from agents.sampling import Decoding
 from rewards import OCRReward
 from rewards.text_metrics import normalized_edit_distance, word_accuracy
 from var_env.scenes import Scene, World, drawn
+from var_env.seeding import as_seed
 from var_env.vector import VARTextVectorEnv
 
 
@@ -23,7 +25,7 @@ from var_env.vector import VARTextVectorEnv
 class Evaluation:
     """One picture for each of N prompts; every array is ``(N,)``, in the prompts' order.
 
-    Words are those that the reward read, or PP-OCR where the reward reads none.
+    Words are those that the reward read; where the reward does not read, those that PP-OCR did.
     """
 
     scenes: list[Scene]
@@ -52,7 +54,7 @@ def held_out_scenes(world: World, count: int, seed: int = 0, split: str = "test"
     A world of prompt files gives each of its prompts once, and all when there are fewer than ``count``. An object of
     one's own that has no ``held_out`` knows no splits: these are scenes of its ``sample``, drawn from the seed.
     """
-    held_out = getattr(world, "held_out", None)
+    seed, held_out = as_seed(seed), getattr(world, "held_out", None)
     return drawn(world, count, seed) if held_out is None else held_out(count, seed, split)
 
 
@@ -76,8 +78,8 @@ def evaluate(
             All that is returned is of the picture kept, so that word accuracy and NED tell what the choice is worth.
     """
     require_at_least(1, batch_size=batch_size, best_of=best_of)
-    require_seed(seed)
-    base = env if isinstance(env, VARTextVectorEnv) else VARTextVectorEnv(1, **env)
+    seed = as_seed(seed)
+    base = VARTextVectorEnv(1, **env) if isinstance(env, Mapping) else inner_env(env)
     scenes = held_out_scenes(base.world, prompts, seed) if isinstance(prompts, int) else list(prompts)
     if not scenes:
         raise ValueError("evaluate needs at least one prompt")
@@ -94,7 +96,7 @@ def evaluate(
     policy.train(training)
     images = np.concatenate([rollout.images for rollout in rollouts])
     words_read = [words for rollout in rollouts for words in rollout.words_read]
-    if not any(words_read):  # a reward that does not read, as far as one can tell: word accuracy and NED need a reader
+    if not all(rollout.reads for rollout in rollouts):  # word accuracy and NED need a reader
         words_read = OCRReward()(images, scenes).words
     pairs = [(scene.words, read) for scene, read in zip(scenes, words_read, strict=True)]
     return Evaluation(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from agents.vmr import middle_return
+from var_env.seeding import as_seed
 
 Sites = Sequence[Tensor]  # (S_t, n_t, V)
 Joint = Sequence[Tensor]  # (S_t, A_t)
@@ -171,7 +172,7 @@ def ascend(old: Sites, returns: Tensor, eta: float, starts: int = 8, seed: int =
     Returns:
         The best sites of all starts, and the J that each start came to.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(as_seed(seed))
     old_joint, found = joint(old), []
     for _ in range(starts):
         logits = [(2 * torch.randn(table.shape, generator=generator)).to(table).requires_grad_() for table in old]

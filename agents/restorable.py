@@ -41,7 +41,7 @@ class Restorable(BaseAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         own = ["reference", "ema", "outermost", "optimizer", "generator", "callback", "lr_schedule"]
-        own += ["_last_obs", "_last_episode_starts", "processes"]
+        own += ["_last_obs", "_last_episode_starts", "processes", "_steps", "_steps_that_moved"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from agents import losses
@@ -20,15 +18,8 @@ class RLOO(REINFORCE):
     by the same factor for all: the advantage is REINFORCE's times ``G / (G - 1)``.
 
     Args:
-        policy, env: and more keywords, as in `REINFORCE`. ``group_size`` is at least 2.
+        policy, env: and more keywords, as in `REINFORCE`.
     """
-
-    def __init__(self, policy: Any, env: Any, **reinforce: Any) -> None:
-        super().__init__(policy, env, **reinforce)
-        if self.group_size < 2:
-            raise ValueError(
-                f"RLOO needs a group_size of at least 2, the others being the baseline, got {self.group_size}"
-            )
 
     def advantages(self, rollout: Rollout, steps: range) -> Tensor:
         return losses.leave_one_out(rollout.scores).flatten()

@@ -173,6 +173,8 @@ class SimilarityAdvantage(Wrapper):
         variant: "paper", or "code" for weights with a mean of one in each group.
     """
 
+    min_group_size = 2
+
     def __init__(self, agent: GRPO | Wrapper, *, on: str = "codes", variant: str = "paper") -> None:
         require_choice(VIEWS, on=on)
         require_choice(VARIANTS, variant=variant)
@@ -201,6 +203,8 @@ class SimilarityKL(Wrapper):
         a, b: the multiplier of the KL coefficient goes from a, for what is opposite, to a + b; at least 0.
         on: what is compared, see `group_similarity`.
     """
+
+    min_group_size = 2
 
     def __init__(self, agent: GRPO | Wrapper, *, a: float = 0.5, b: float = 0.5, on: str = "codes") -> None:
         require_not_negative(a=a, b=b)
@@ -233,6 +237,8 @@ class EntropyReward(Wrapper):
         entropy_reward: lambda of eq. 12, at least 0, in units of the reward: the paper's is for rewards from 0 to 1.
         variant: "paper", or "code" to centre the bonus on the group's best.
     """
+
+    min_group_size = 2
 
     def __init__(self, agent: GRPO | Wrapper, *, entropy_reward: float = 0.4, variant: str = "paper") -> None:
         require_not_negative(entropy_reward=entropy_reward)

@@ -55,7 +55,7 @@ class VMR(GRPO):
             which the prefix ends, as ``"m_128"`` or a number larger than T; ``"half"`` is half of the picture's. With
             ``m = T`` there is no suffix, and this is vanilla GRPO. ``"auto"`` looks for m while it learns, below T, by
             the rule of ``agents/split_rule.py``: where an update gains most, told by the share of the returns' variance
-            that the prefix decides and by the tokens on either side. It needs K and G of at least 2.
+            that the prefix decides and by the tokens on either side. It needs a K of at least 2.
         suffix_samples: K, suffixes that estimate the value of a prefix.
         eta: temperature of the soft value, in units of the reward.
         suffix_kl_coef: so much of each suffix's KL to the reference, the sum of "k1" over its tokens, is taken off its
@@ -99,11 +99,10 @@ class VMR(GRPO):
         schedule = self.policy.schedule
         self.split: int | str = split if split == "auto" else schedule.middle_step(split)
         self.split_rule = SplitRule(schedule.sizes) if split == "auto" else None
-        if self.split == "auto" and (suffix_samples < 2 or self.group_size < 2 or alternation != "fine"):
+        if self.split == "auto" and (suffix_samples < 2 or alternation != "fine"):
             raise ValueError(
                 "split='auto' compares the suffixes of a prefix, and moves between prefix and suffix updates: it needs "
-                "suffix_samples and group_size of at least 2 and alternation='fine', got "
-                f"{suffix_samples}, {self.group_size} and {alternation!r}"
+                f"suffix_samples of at least 2 and alternation='fine', got {suffix_samples} and {alternation!r}"
             )
         if self.split == len(schedule) and suffix_samples > 1:
             raise ValueError(
@@ -177,11 +176,11 @@ class VMR(GRPO):
     def while_scored(self, rollout: Rollout) -> Rollout:
         everything, k = range(len(self.policy.schedule)), self.suffix_samples
         if self.stage == "suffix":
-            return self.look_ahead(rollout, everything[self.m :])
+            return self.fill(rollout, everything[self.m :])
         prefixes = rollout.merge(self.policy, k, self.m, lambda returns: returns[..., 0])  # scores are still to come
-        rows = torch.arange(len(prefixes.scenes), device=self.device).repeat_interleave(k)
-        found = self.look_ahead(prefixes, everything[: self.m]).ahead
-        return replace(rollout, ahead=tuple(part.rows(rows) for part in found))  # until `collect` merges the rows
+        prefixes = self.fill(prefixes, everything[: self.m])
+        found = {name: values.repeat_interleave(k, 0) for name, values in prefixes.before_update().items()}
+        return replace(rollout, **found, version=prefixes.version)  # until `collect` merges the rows
 
     @torch.no_grad()
     def suffix_kl(self, pictures: Rollout, m: int) -> Tensor:

@@ -31,6 +31,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from agents import restorable
+from agents.common.checks import require_groups
 from agents.grpo import GRPO, TokenWeights
 from agents.rollout import Rollout
 
@@ -51,10 +52,12 @@ class Wrapper:
     Attributes:
         agent: the next one inside.
         unwrapped: the innermost agent, which samples and learns.
+        min_group_size: of the class: 2 where a wrapper compares the images of a prompt with each other.
     """
 
     agent: GRPO | Wrapper
     unwrapped: GRPO
+    min_group_size = 1
 
     def __init__(self, agent: GRPO | Wrapper) -> None:
         if not isinstance(agent, GRPO | Wrapper):
@@ -62,6 +65,7 @@ class Wrapper:
         innermost: GRPO = agent.unwrapped
         if agent is not innermost.outermost:
             raise ValueError(f"{agent} is already inside {innermost.outermost}: wrap that one")
+        require_groups(type(self), innermost.group_size)
         vars(self).update(agent=agent, unwrapped=innermost)  # past __setattr__, which asks them
         innermost.outermost = self
 
@@ -122,14 +126,19 @@ class Wrapper:
         self: WrapperT,
         total_timesteps: int,
         callback: MaybeCallback = None,
-        log_interval: int = 1,
+        log_interval: int | None = 1,
         tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> WrapperT:
         """See `Agent.learn`."""
         self.unwrapped.learn(
-            total_timesteps, callback, log_interval, tb_log_name or self.name, reset_num_timesteps, progress_bar
+            total_timesteps,
+            callback,
+            log_interval,
+            self.name if tb_log_name is None else tb_log_name,
+            reset_num_timesteps,
+            progress_bar,
         )
         return self
 

@@ -52,7 +52,7 @@ from agents.experiments.options import Parser, clear_errors, require_at_least_on
 from agents.experiments.output import table, write_json, write_text
 from agents.logs import open_logger
 from agents.policies.var_text import VARTextPolicy
-from agents.resume import state_of
+from agents.saving.folder import state_of
 from rewards import HasWords, Reward, RewardOutput
 from var_env import ScaleSchedule, Tokenizer, VARTextVectorEnv
 
@@ -100,7 +100,7 @@ def new_agent(recipe: str) -> Agent | Wrapper:
 def fingerprint(agent: Agent | Wrapper) -> str:
     """A hash of all that learning depends on: weights, states and random numbers, and the budget spent."""
     core, tensors = agent.unwrapped, dict[str, Tensor]()
-    content = state_of(core, tensors)
+    content = state_of(core.parts(), tensors)
     for name in ("policy", "reference", "ema"):
         module = getattr(core, name)
         stored.encode({} if module is None else module.state_dict(), tensors, name)

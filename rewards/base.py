@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,6 +38,7 @@ class RewardOutput:
         regions: per image, the boxes of the text lines or objects found, (n, 4) float32 as x0, y0, x1, y1 in pixels.
         applicable: (B,) bool, where there is a score; everywhere, unless it is given.
         reads: whether the reward looks for words or regions at all, which it does if it gave a list of them.
+        reads_words: whether it looks for words. True with empty lists, when it found none.
     """
 
     scores: NDArray[np.float32]  # (B,)
@@ -46,6 +48,7 @@ class RewardOutput:
     regions: list[NDArray[np.float32]] = field(default_factory=list)
     applicable: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))  # (B,)
     reads: bool = field(init=False)
+    reads_words: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.scores = np.asarray(self.scores, dtype=np.float32)
@@ -60,7 +63,7 @@ class RewardOutput:
             if np.shape(part) != (count,):
                 raise ValueError(f"part {name!r} has shape {np.shape(part)}, expected ({count},) as the scores")
         self.parts = {name: finite(name, part, absent(part)) for name, part in self.parts.items()}
-        self.reads = bool(self.words or self.regions)
+        self.reads, self.reads_words = bool(self.words or self.regions), bool(self.words)
         self.words = self.words or [[] for _ in range(count)]
         self.confidences = self.confidences or [[] for _ in range(count)]
         self.regions = self.regions or [np.zeros((0, 4), np.float32) for _ in range(count)]
@@ -122,6 +125,12 @@ class Reward(ABC):
         if len(output.scores) != len(images):
             raise ValueError(f"reward {self.name!r} gave {len(output.scores)} scores, not {len(images)}")
         return output
+
+    def submit(self, images: NDArray[np.uint8], scenes: Sequence[HasWords]) -> "Future[RewardOutput]":
+        """Score a batch as calling the reward does. Here the answer is there at once; a pool gives it later."""
+        answer: Future[RewardOutput] = Future()
+        answer.set_result(self(images, scenes))
+        return answer
 
     def check_scenes(self, scenes: Sequence[HasWords], count: int) -> None:
         """Raise ValueError unless there are `count` scenes with what the reward needs; here, with target words."""

@@ -131,8 +131,10 @@ def test_an_accidental_nan_is_an_error_even_beside_what_is_not_applicable():
 
 def test_an_output_knows_whether_the_reward_reads():
     assert not RewardOutput(np.zeros(2)).reads
-    assert RewardOutput(np.zeros(2), words=[[], []]).reads  # it looked and found nothing
-    assert RewardOutput(np.zeros(1), regions=[np.zeros((1, 4), np.float32)]).reads
+    blind = RewardOutput(np.zeros(2), words=[[], []])  # it looked and found nothing
+    assert blind.reads and blind.reads_words
+    boxes = RewardOutput(np.zeros(1), regions=[np.zeros((1, 4), np.float32)])
+    assert boxes.reads and not boxes.reads_words
 
 
 class Sometimes(Brightness):

@@ -39,9 +39,9 @@ def test_flat_actions_are_canvases(single, parts):
     for _ in range(3):
         a, b = env.step(flat.reshape(4, 4)), single.step(flat)
         assert np.array_equal(a[0]["tokens"], b[0]["tokens"]) and a[1] == b[1]
-    single.reset()
-    with pytest.raises(ValueError, match=r"\(16,\), got \(4, 4\)"):
-        single.step(np.zeros((4, 4), int))
+    assert single.reset()[0]["scale"] == 0 and single.step(flat.reshape(4, 4))[0]["scale"] == 1
+    with pytest.raises(ValueError, match=r"\(16,\), or \(4, 4\); got \(4,\)"):
+        single.step(np.zeros(4, int))
 
 
 def test_the_wrapped_spec_survives_json(tokenizer, tmp_path):
@@ -101,8 +101,8 @@ def test_attributes_are_the_batchs(batch, parts):
     with pytest.raises(ValueError, match="all rows"):
         batch.set_attr("reward", None, indices=[0])
     batch.set_attr("reward", parts["reward"])
-    with pytest.raises(ValueError, match=r"\(3, 16\), got \(3, 4, 4\)"):
-        batch.step(np.zeros((N, 4, 4), int))
+    with pytest.raises(ValueError, match=r"\(3, 16\), or \(3, 4, 4\); got \(4, 4\)"):
+        batch.step(np.zeros((4, 4), int))
     frames = VARTextVecEnv(VARTextVectorEnv(N, render_mode="rgb_array", **parts))
     frames.reset()
     assert frames.render().ndim == 3

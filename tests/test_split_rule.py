@@ -292,9 +292,7 @@ class TestVMR:
         assert agent.split_rule is None and agent.m == agent.split == 2
         assert "vmr/split" not in (tmp_path / "progress.csv").read_text()
 
-    @pytest.mark.parametrize(
-        "options", [{"suffix_samples": 1}, {"group_size": 1}, {"alternation": "coarse"}, {"split": "best"}], ids=str
-    )
+    @pytest.mark.parametrize("options", [{"suffix_samples": 1}, {"alternation": "coarse"}, {"split": "best"}], ids=str)
     def test_bad_options(self, parts, options):
         message = "split must be the number.*'best'" if "split" in options else "split='auto'.*of at least 2"
         with pytest.raises(ValueError, match=message):

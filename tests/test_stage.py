@@ -245,8 +245,8 @@ class TestSimilarityWrappers:
     def test_equal_pictures_of_opposite_advantage_teach_nothing(self, parts, on):
         agent = SimilarityAdvantage(tiny_agent(parts), on=on)
         rollout = agent.sample()
-        same = [grid[:1].expand_as(grid) for grid in rollout.grids]
-        rollout = replace(rollout, grids=same, advantages=torch.tensor([1.0, -1.0, 2.0, -2.0] * 2))
+        same = [draw.take(torch.zeros(8, dtype=torch.int64)) for draw in rollout.draws]
+        rollout = replace(rollout, draws=same, advantages=torch.tensor([1.0, -1.0, 2.0, -2.0] * 2))
         advantages = agent.token_advantages(rollout, EVERYTHING)
         torch.testing.assert_close(advantages, torch.zeros(8, 21), atol=1e-6, rtol=0)
 
@@ -272,7 +272,8 @@ class TestSimilarityWrappers:
         assert_same(half, {name: gradient / 2 for name, gradient in full.items()}, atol=1e-7, rtol=1e-4)
 
     def test_a_group_of_one_learns_as_without(self, parts):
-        agent = SimilarityAdvantage(SimilarityKL(tiny_agent(parts, group_size=1, kl_coef=0.1)))
+        agent = SimilarityAdvantage(SimilarityKL(tiny_agent(parts, kl_coef=0.1)))
+        agent.unwrapped.group_size = 1  # no constructor takes it
         rollout = replace(agent.sample(), advantages=torch.ones(2))
         assert (agent.token_advantages(rollout, EVERYTHING) == 1).all()
         weights = agent.token_weights(rollout, EVERYTHING)

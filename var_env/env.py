@@ -14,6 +14,7 @@ import numpy as np
 from var_env import mdp, rendering
 from var_env.scenes import Scene, World
 from var_env.schedule import ScaleSchedule
+from var_env.seeding import as_seed
 from var_env.tokenizers.base import VisualTokenizer
 
 if TYPE_CHECKING:
@@ -45,9 +46,10 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
     sampled yet; ``scale``, 0 to T, the grid to be given next; ``prompt``, its UTF-8 bytes padded with zeros, uint8.
 
     **Info**: after a reset, ``prompt`` and ``words`` (the targets). At the end, ``image`` (uint8 ``(S, S, 3)``),
-    ``score``, ``parts`` (the score's terms by name), ``words_read`` with ``confidences`` in [0, 1], ``regions`` (a list
-    of boxes x0 y0 x1 y1 in pixels, float32 ``(4,)``, where text was found) and ``boxes`` (the same for the target
-    words, empty when the episode was started from a prompt).
+    ``score``, ``parts`` (the score's terms by name), ``words_read`` with ``confidences`` in [0, 1], ``reads`` (whether
+    the reward looks for words, or there are none because nobody looked), ``regions`` (a list of boxes x0 y0 x1 y1 in
+    pixels, float32 ``(4,)``, where text was found) and ``boxes`` (the same for the target words, empty when the episode
+    was started from a prompt).
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``: the words that prompts are drawn from.
@@ -117,13 +119,13 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
         """Start an episode with a scene of the world, or the one that the options ask for.
 
         Args:
-            seed: seeds ``np_random``, from which the world draws; without it, the generator goes on.
+            seed: seeds ``np_random``, from which the world draws, 0 to 2**64 - 1; without it, the generator goes on.
             options: ``{"prompt": str}``, words in double quotes, or ``{"scene": Scene}``. Draws no random number.
                 A prompt unlike the world's gets a :class:`~var_env.unfamiliar.PromptWarning`, once.
         """
         scenes = mdp.requested_scenes(options, None, self.world.size, self.world.max_prompt_bytes, self.world)
         requested = None if scenes is None else self._start(scenes)
-        super().reset(seed=seed)
+        super().reset(seed=None if seed is None else as_seed(seed))
         self._state = requested or self._start([self.world.sample(self.np_random)])
         return self._observation(self._state), mdp.row_of(mdp.prompt_info(self._state), 0)
 

@@ -73,11 +73,16 @@ def step(tokenizer: VisualTokenizer, reward: Reward, state: State | None, action
         ResetNeeded: there is no episode, or it is over.
         ValueError: the action is no grid of this step, or, from the reward, a score is not a finite number.
     """
-    state = require(state)
-    if state.outcome is not None:
-        raise ResetNeeded(f"the episode ended after its {state.t} grids: call reset() before the next step")
-    state = append(tokenizer, state, read_action(tokenizer, state.t, len(state.scenes), action, batched))
+    state = advance(tokenizer, state, action, batched)
     return finish(tokenizer, reward, state) if state.t == len(tokenizer.schedule) else state
+
+
+def advance(tokenizer: VisualTokenizer, state: State | None, action: Any, batched: bool) -> State:
+    """The part of :func:`step` before the score: read the action and append it."""
+    state = require(state)
+    if state.t == len(tokenizer.schedule):
+        raise ResetNeeded(f"the episode ended after its {state.t} grids: call reset() before the next step")
+    return append(tokenizer, state, read_action(tokenizer, state.t, len(state.scenes), action, batched))
 
 
 def require(state: State | None) -> State:
@@ -145,16 +150,26 @@ def require_applicable(output: RewardOutput, scenes: Sequence[Scene]) -> None:
         )
 
 
+def decode(tokenizer: VisualTokenizer, state: State) -> np.ndarray:
+    """The images of all grids so far, ``(N, S, S, 3)`` uint8."""
+    return tokenizer.decode(state.canvas).cpu().numpy()
+
+
 def finish(tokenizer: VisualTokenizer, reward: Reward, state: State) -> State:
     """Decode and score: the state with its outcome. The reward sees to it that scores are finite numbers."""
-    images = tokenizer.decode(state.canvas).cpu().numpy()  # (N, S, S, 3)
-    output = reward(images, state.scenes)
+    images = decode(tokenizer, state)
+    return conclude(state, images, reward(images, state.scenes))
+
+
+def conclude(state: State, images: np.ndarray, output: RewardOutput) -> State:
+    """The state with its outcome: the decoded images ``(N, S, S, 3)`` and what the reward found in them."""
     require_applicable(output, state.scenes)
     outcome = {
         "image": images,
         "score": output.scores,
         "parts": dict(output.parts),
         "words_read": output.words,
+        "reads": np.full(len(images), output.reads_words),
         "confidences": output.confidences,
         "regions": output.regions,
         "boxes": [np.array(scene.boxes, np.float32).reshape(-1, 4) for scene in state.scenes],

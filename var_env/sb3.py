@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from var_env.mdp import row_of
+from var_env.seeding import as_seed
 from var_env.vector import VARTextVectorEnv
 
 
@@ -21,6 +22,11 @@ def flat_action_space(space: spaces.Space) -> spaces.MultiDiscrete:
     D > 1 codes, which stand side by side."""
     assert isinstance(space, spaces.MultiDiscrete)
     return spaces.MultiDiscrete(space.nvec.reshape(-1))
+
+
+def infos_of(info: Mapping[str, Any], rows: int) -> list[dict[str, Any]]:
+    """A batched info of a step as Stable-Baselines3 has it, one dict a row."""
+    return [{**row_of(info, row), "TimeLimit.truncated": False} for row in range(rows)]
 
 
 class FlattenCanvas(gym.ActionWrapper[dict[str, Any], np.ndarray, np.ndarray], RecordConstructorArgs):
@@ -37,8 +43,8 @@ class FlattenCanvas(gym.ActionWrapper[dict[str, Any], np.ndarray, np.ndarray], R
         self.action_space = flat_action_space(env.action_space)
 
     def action(self, action: np.ndarray) -> np.ndarray:
-        """``(H * W,)`` to ``(H, W)``. ``ValueError`` for any other shape."""
-        return _unflatten(action, self.action_space.shape, self.env.action_space.shape)
+        """``(H * W,)`` to ``(H, W)``, in which shape it may come, too. ``ValueError`` for any other."""
+        return _canvas(action, self.action_space.shape, self.env.action_space.shape)
 
 
 class VARTextVecEnv(VecEnv):
@@ -66,6 +72,10 @@ class VARTextVecEnv(VecEnv):
         self._reset_options()
         return observation
 
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """Seed the next reset: row i by ``seed + i``, 0 to 2**64 - 1."""
+        return super().seed(None if seed is None else as_seed(seed))
+
     def _batched_options(self) -> dict[str, list[Any]]:
         """One dict a row, ``{"prompt": ...}``, to one dict of lists, ``{"prompts": [...]}``."""
         names = {name for options in self._options for name in options}
@@ -74,17 +84,15 @@ class VARTextVecEnv(VecEnv):
         return {f"{name}s": [options[name] for options in self._options] for name in names}
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Keep the actions, ``(N, H * W)``, for :meth:`step_wait`."""
+        """Keep the actions for :meth:`step_wait`: ``(N, H * W)``, or ``(N, H, W)`` as the project's agents predict."""
         assert self.action_space.shape is not None
         canvas = self.envs.action_space.shape
-        self._actions = _unflatten(actions, (self.num_envs, *self.action_space.shape), canvas)
+        self._actions = _canvas(actions, (self.num_envs, *self.action_space.shape), canvas)
 
     def step_wait(self) -> VecEnvStepReturn:
         """Step; after the last grid, also reset."""
         observation, rewards, terminations, _, info = self.envs.step(self._actions)
-        infos: list[dict[str, Any]] = [
-            {**row_of(info, row), "TimeLimit.truncated": False} for row in range(self.num_envs)
-        ]
+        infos = infos_of(info, self.num_envs)
         if terminations.all():
             for row in range(self.num_envs):
                 infos[row]["terminal_observation"] = row_of(observation, row)
@@ -118,8 +126,8 @@ class VARTextVecEnv(VecEnv):
         return [False for _ in self._get_indices(indices)]
 
 
-def _unflatten(action: Any, flat: tuple[int, ...] | None, canvas: tuple[int, ...] | None) -> np.ndarray:
+def _canvas(action: Any, flat: tuple[int, ...] | None, canvas: tuple[int, ...] | None) -> np.ndarray:
     action = np.asarray(action)
-    if action.shape != flat:
-        raise ValueError(f"the action must be a flat canvas of shape {flat}, got {action.shape}")
+    if action.shape not in (flat, canvas):
+        raise ValueError(f"the action must be a flat canvas of shape {flat}, or {canvas}; got {action.shape}")
     return action.reshape(canvas)

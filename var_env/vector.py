@@ -17,10 +17,11 @@ from var_env import mdp
 from var_env.env import OPTIONS, RENDER_MODES, EpisodeState, check_clone, check_render_mode, render_row
 from var_env.scenes import Scene, World
 from var_env.schedule import ScaleSchedule
+from var_env.seeding import as_seed
 from var_env.tokenizers.base import VisualTokenizer
 
 if TYPE_CHECKING:
-    from rewards.base import Reward
+    from rewards.base import Reward, RewardOutput
 
 
 class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
@@ -103,6 +104,11 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
         """The tokenizer's canvas, N rows. Not to be changed in place."""
         return mdp.require(self._state).canvas
 
+    @property
+    def outcome(self) -> Mapping[str, Any] | None:
+        """The info of the last step, one entry a row, once the episodes are over; before, ``None``."""
+        return mdp.require(self._state).outcome
+
     @property  # type: ignore[misc]
     def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
         """One generator a row, seeded by the system when :meth:`reset` has not done it."""
@@ -156,10 +162,13 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
 
     def _seed(self, seed: int | Sequence[int | None] | None) -> None:
         """Give a new generator to each row that has a seed or no generator yet."""
-        if seed is None or isinstance(seed, int | np.integer):
-            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        if seed is None:
+            seeds: list[int | None] = [None] * self.num_envs
+        elif isinstance(seed, Sequence) or np.ndim(seed):
+            seeds = [None if s is None else as_seed(s, f"seed of row {i}") for i, s in enumerate(seed)]  # type: ignore[arg-type]
         else:
-            seeds = list(seed)
+            first = as_seed(seed)
+            seeds = [first + i for i in range(self.num_envs)]
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed must be one integer or one a row, {self.num_envs}; got {len(seeds)}")
         rows: list[tuple[np.random.Generator, int | None]]
@@ -177,6 +186,18 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
         rewards = np.zeros(self.num_envs) if state.outcome is None else state.outcome["score"].astype(np.float64)
         terminations, truncations = np.full(self.num_envs, over), np.zeros(self.num_envs, np.bool_)
         return mdp.observe(state), rewards, terminations, truncations, dict(state.outcome or {})
+
+    def advance(self, actions: Any) -> None:
+        """Append one grid to every row as :meth:`step` does, and score nothing, for a reward that answers later."""
+        self._state = mdp.advance(self.tokenizer, self._state, actions, batched=True)
+
+    def conclude(self, images: np.ndarray, output: RewardOutput) -> None:
+        """End the episodes with what the reward answered for the decoded images, ``(N, S, S, 3)``."""
+        self._state = mdp.conclude(mdp.require(self._state), images, output)
+
+    def decode(self) -> np.ndarray:
+        """The images of the grids so far, ``(N, S, S, 3)`` uint8."""
+        return mdp.decode(self.tokenizer, mdp.require(self._state))
 
     def render(self) -> tuple[Any, ...] | None:
         """One frame a row, as the single environment renders it."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from numbers import Integral
-from typing import Any
 
 
 def require_choice(choices: Iterable[str], **options: str) -> None:
@@ -28,8 +26,18 @@ def require_not_negative(**options: float) -> None:
             raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
 
 
-def require_seed(seed: Any, bits: int = 64) -> None:
-    """``ValueError`` unless the seed is ``None`` or a whole number, Python's or numpy's, of so many bits."""
-    whole = isinstance(seed, Integral) and not isinstance(seed, bool)
-    if seed is not None and not (whole and 0 <= seed < 2**bits):
-        raise ValueError(f"seed must be a whole number of 0 to 2**{bits} - 1, got {seed!r}")
+def require_groups(part: type, group_size: int) -> None:
+    """``ValueError`` for groups that are too small for an agent or a wrapper, by its ``min_group_size``."""
+    least = getattr(part, "min_group_size", 1)
+    if group_size < least:
+        raise ValueError(
+            f"{part.__name__} compares the images of a prompt with each other and needs a group_size of at least "
+            f"{least}, got {group_size}: alone, an image teaches nothing. Give more, or an agent without groups, ppo"
+        )
+
+
+def require_above(least: float, **options: float | None) -> None:
+    """``ValueError`` naming the first option that is neither ``None`` nor above ``least``."""
+    for name, value in options.items():
+        if value is not None and not value > least:
+            raise ValueError(f"{name} must be above {least:g}, got {value}")

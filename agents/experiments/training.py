@@ -9,6 +9,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from agents import Agent, Decoding, StopAfter, Wrapper, held_out_scenes, recipes
 from agents.callbacks import BestCheckpoint, CheckpointEvery, Interrupt, StopOnSignal
+from agents.checkpoints import Checkpoints
 from agents.common.schedules import make_schedule
 from agents.experiments.agent_options import agent_settings
 from agents.experiments.callbacks import CurveEval, ImageBar
@@ -19,7 +20,6 @@ from agents.experiments.options import (
     decoding_from,
 )
 from agents.logs import open_logger
-from agents.resume import Checkpoints
 from rewards.reason import reason
 
 

@@ -33,10 +33,10 @@ def load_policy(path: str | Path | None = None, tokenizer: VisualTokenizer | Non
     from agents.policies.base import Policy
     from agents.policies.var_text import VARTextPolicy
     from var_env.tokenizers import load_tokenizer
-    from var_env.weights import check_tokenizer, saved_class
+    from var_env.weights import check_form, saved_class
 
     if path is None:
         return VARTextPolicy.load(None, tokenizer)
     policy = saved_class(path, Policy, POLICIES, MAKER)
-    check_tokenizer(path, tokenizer or load_tokenizer(), MAKER)
+    check_form(path, tokenizer or load_tokenizer(), MAKER)
     return policy.load(path, tokenizer)

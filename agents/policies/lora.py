@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from agents.policies.base import Policy
+from var_env.seeding import as_seed
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -68,6 +69,7 @@ def add_lora(
                 f"target_modules has {target!r}, but {type(policy).__name__}'s linear layers are {choices}"
             )
     own = {"r": r, "lora_alpha": lora_alpha, "target_modules": targets, **options}
+    seed = as_seed(seed)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from agents.policies.base import Policy
+from var_env.seeding import as_seed
 from var_env.tokenizers.base import VisualTokenizer
 from var_env.weights import load_config_and_weights, load_weights, save_module
 
@@ -60,7 +61,7 @@ class TablePolicy(Policy):
                 f"{MOST_NUMBERS}: take a policy with a network, or fewer and smaller grids"
             )
         self.config = {}
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(as_seed(seed))
         self.tables = nn.ParameterList(spread * torch.randn(shape, generator=generator) for shape in shapes)
 
     def sites(self) -> list[Tensor]:

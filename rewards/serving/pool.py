@@ -228,6 +228,7 @@ def join(outputs: Sequence[RewardOutput]) -> RewardOutput:
             raise ValueError(f"a reward gave the parts {names} first, then {list(output.parts)}")
     return rebuilt(
         any(output.reads for output in outputs),
+        any(output.reads_words for output in outputs),
         np.concatenate([output.scores for output in outputs]),
         {name: np.concatenate([output.parts[name] for output in outputs]) for name in names},
         [words for output in outputs for words in output.words],
@@ -241,6 +242,7 @@ def take(output: RewardOutput, piece: slice) -> RewardOutput:
     """What an output says of some of its images."""
     return rebuilt(
         output.reads,
+        output.reads_words,
         output.scores[piece],
         {name: values[piece] for name, values in output.parts.items()},
         output.words[piece],
@@ -252,6 +254,7 @@ def take(output: RewardOutput, piece: slice) -> RewardOutput:
 
 def rebuilt(
     reads: bool,
+    reads_words: bool,
     scores: NDArray[np.float32],
     parts: Mapping[str, NDArray[np.float32]],
     words: list[list[str]],
@@ -261,5 +264,5 @@ def rebuilt(
 ) -> RewardOutput:
     """An output from the fields of others, in which NaN means not applicable."""
     masked: dict[str, Any] = {name: np.ma.array(values, mask=np.isnan(values)) for name, values in parts.items()}
-    lists = (words, confidences, regions) if reads else ([], [], [])
-    return RewardOutput(scores, masked, *lists, applicable)
+    read = (words, confidences) if reads_words else ([], [])
+    return RewardOutput(scores, masked, *read, regions if reads else [], applicable)

@@ -167,6 +167,7 @@ def encode_answer(output: RewardOutput, images: NDArray[np.uint8]) -> bytes:
         "regions": [boxes.tolist() for boxes in output.regions],
         "applicable": output.applicable.tolist(),
         "reads": output.reads,
+        "reads_words": output.reads_words,
         "crc32": checksums(images),
     }
     return json.dumps(answer, allow_nan=False).encode()
@@ -178,14 +179,14 @@ def decode_answer(body: bytes, images: NDArray[np.uint8]) -> RewardOutput:
         answer = json.loads(body, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON: {error}") from error
-    fields = ("scores", "parts", "words", "confidences", "regions", "applicable", "reads", "crc32")
+    fields = ("scores", "parts", "words", "confidences", "regions", "applicable", "reads", "reads_words", "crc32")
     missing = [name for name in fields if not isinstance(answer, dict) or name not in answer]
     if missing:
         raise ValueError(f"it has no {missing[0]!r}")
     parts = answer["parts"]
     if not isinstance(parts, dict):
         raise ValueError(f"its parts are {parts!r:.80}, not an object")
-    columns = {name: answer[name] for name in fields if name not in ("parts", "reads")}
+    columns = {name: answer[name] for name in fields if name not in ("parts", "reads", "reads_words")}
     for name, values in {**columns, **{f"part {name!r}": values for name, values in parts.items()}}.items():
         length = len(values) if isinstance(values, list) else None
         if length != len(images):
@@ -193,8 +194,8 @@ def decode_answer(body: bytes, images: NDArray[np.uint8]) -> RewardOutput:
     if answer["crc32"] != checksums(images):
         raise ValueError("its scores belong to other images, or to these in another order")
     applicable = answer["applicable"]
-    if not all(type(value) is bool for value in (*applicable, answer["reads"])):
-        raise ValueError("its 'applicable' and 'reads' are not all true or false")
+    if not all(type(value) is bool for value in (*applicable, answer["reads"], answer["reads_words"])):
+        raise ValueError("its 'applicable', 'reads' and 'reads_words' are not all true or false")
     scores = _numbers("scores", answer["scores"])
     if (np.isnan(scores) == applicable).any():
         raise ValueError("it holds null for a score, or a score that is not applicable")
@@ -207,6 +208,7 @@ def decode_answer(body: bytes, images: NDArray[np.uint8]) -> RewardOutput:
             raise ValueError(f"its confidences {confidences!r:.80} do not lie in [0, 1]")
     return rebuilt(
         answer["reads"],
+        answer["reads_words"],
         scores,
         {name: _numbers(name, values) for name, values in parts.items()},
         answer["words"],
