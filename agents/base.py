@@ -11,7 +11,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -53,26 +53,8 @@ class Agent(Trainable):
     Args:
         policy: trained in place. "base" is the shipped policy; a path loads a file of its ``save``.
         env: an id, a single environment or a batched one, or ``None`` to only predict.
-        group_size: G, pictures for each prompt; at least ``min_group_size``.
-        prompts_per_update: P, of all processes together. The prompts of update u depend on the seed and on u alone,
-            whatever the agent and the processes.
-        learning_rate: AdamW's, a number or a function of the remaining progress, 1 to 0, such as those of
-            ``agents/common/schedules.py``.
-        max_grad_norm: the gradient is scaled down to this norm.
-        max_skipped: so many optimiser steps in a row may be skipped since their loss or gradient is not finite, before
-            training ends with an error; 0 ends it at once. A run that goes on from a checkpoint meets the same numbers
-            again, so without this one bad batch would be its end.
-        ema_decay: keeps an exponential moving average of the weights, ``ema = decay ema + (1 - decay) policy`` after
-            every optimiser step, which is then what is evaluated. ``None``: without.
-        lora: options of ``policies.lora.add_lora``, such as ``{"r": 8}``: trains low-rank adapters and leaves the
-            weights as they are. Needs the extra "lora". ``None``: trains all weights, or the adapters that the policy
-            has already.
-        overlap: parts in which a rollout is drawn, so that a `RewardPool` scores one while the next is drawn; 1 is in
-            one piece, and needs no pool. With a pool, `while_scored` fills the wait after the last part.
-        decoding: how training samples are drawn.
-        image_interval: updates between two pictures of samples in TensorBoard; 0 for none.
-        seed: 0 to 2**64 - 1; ``None`` draws one.
-        tensorboard_log, device, verbose: as in Stable-Baselines3.
+
+    Each option stands in the constructor beside its type and default, with what it does; so it does in subclasses.
 
     Attributes:
         min_group_size: of the class: 2 where an algorithm compares the images of a prompt with each other.
@@ -94,20 +76,49 @@ class Agent(Trainable):
         policy: Policy | str | Path,
         env: str | gym.Env | gym.vector.VectorEnv | None,
         *,
-        group_size: int = 8,
-        prompts_per_update: int = 8,
-        learning_rate: float | Schedule = 5e-5,
-        max_grad_norm: float = 1.0,
-        max_skipped: int = 3,
-        ema_decay: float | None = None,
-        lora: Mapping[str, Any] | None = None,
-        overlap: int = 1,
-        decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
-        image_interval: int = 10,
-        seed: int | None = None,
-        tensorboard_log: str | None = None,
-        device: torch.device | str = "auto",
-        verbose: int = 0,
+        group_size: Annotated[int, "G, pictures for each prompt; at least ``min_group_size``."] = 8,
+        prompts_per_update: Annotated[
+            int,
+            "P, of all processes together. The prompts of update u depend on the seed and on u alone, whatever "
+            "the agent and the processes.",
+        ] = 8,
+        learning_rate: Annotated[
+            float | Schedule,
+            "AdamW's, a number or a function of the remaining progress, 1 to 0, such as those of "
+            "``agents/common/schedules.py``.",
+        ] = 5e-5,
+        max_grad_norm: Annotated[float, "the gradient is scaled down to this norm."] = 1.0,
+        max_skipped: Annotated[
+            int,
+            "so many optimiser steps in a row may be skipped since their loss or gradient is not finite, before "
+            "training ends with an error; 0 ends it at once. A run that goes on from a checkpoint meets the "
+            "same numbers again, so without this one bad batch would be its end.",
+        ] = 3,
+        ema_decay: Annotated[
+            float | None,
+            "keeps an exponential moving average of the weights, ``ema = decay ema + (1 - decay) policy`` after "
+            "every optimiser step, which is then what is evaluated. ``None``: without.",
+        ] = None,
+        lora: Annotated[
+            Mapping[str, Any] | None,
+            'options of ``policies.lora.add_lora``, such as ``{"r": 8}``: trains low-rank adapters and leaves '
+            'the weights as they are. Needs the extra "lora". ``None``: trains all weights, or the adapters '
+            "that the policy has already.",
+        ] = None,
+        overlap: Annotated[
+            int,
+            "parts in which a rollout is drawn, so that a `RewardPool` scores one while the next is drawn; 1 is "
+            "in one piece, and needs no pool. With a pool, `while_scored` fills the wait after the last part.",
+        ] = 1,
+        decoding: Annotated[Decoding, "how training samples are drawn."] = Decoding(),  # noqa: B008 (frozen)
+        image_interval: Annotated[
+            int,
+            "updates between two pictures of samples in TensorBoard; 0 for none.",
+        ] = 10,
+        seed: Annotated[int | None, "0 to 2**64 - 1; ``None`` draws one."] = None,
+        tensorboard_log: Annotated[str | None, "as in Stable-Baselines3."] = None,
+        device: Annotated[torch.device | str, "as in Stable-Baselines3."] = "auto",
+        verbose: Annotated[int, "as in Stable-Baselines3."] = 0,
         _init_setup_model: bool = True,
     ) -> None:
         seed = None if seed is None else as_seed(seed)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -48,24 +48,6 @@ class GRPO(LogProbs):
 
     Args:
         policy, env: and more keywords, as in `LogProbs` and `Agent`.
-        clip_range: the ratio may move the loss within ``1 +- clip_range``.
-        clip_range_high: the upper end is ``1 + clip_range_high``; DAPO's clip-higher. ``None``: the same.
-        dual_clip: c, above 1: bounds the loss of a negative advantage, see ``losses.clipped_loss``. ``None``: without.
-        entropy_coef: weight of the entropy bonus, the policy's entropy at each token in the loss.
-        ratio_level: a name in ``losses.RATIO_LEVELS``: "token", "grid" (GMPO) or "sequence" (GSPO).
-        aggregation: a name in ``losses.AGGREGATIONS``, what the loss is a mean of: "constant" (Dr. GRPO's),
-            "token_mean" (DAPO's), "sequence_mean" (GRPO's) or "step_mean". All rows have the same tokens, so the first
-            three differ only where a mask takes tokens away.
-        advantage_scale: a name in ``losses.ADVANTAGE_SCALES``: "group", "batch" or "none" (Dr. GRPO).
-        advantage_eps: added to the standard deviation.
-        dynamic_sampling: what becomes of groups whose rewards are all equal, which teach nothing. "keep" them under
-            their KL term; "drop" them; "resample" other prompts until the batch is full (DAPO, section 3.2).
-        max_batches: "resample" draws at most so many batches an update. Their pictures all count as budget.
-        epochs: passes over a rollout.
-        minibatches: optimiser steps an epoch.
-        target_kl: an update ends before an optimiser step at which the policy's KL from the one that sampled, estimated
-            on the minibatch, is above 1.5 times this (as in Stable-Baselines3). ``None``: never.
-        refresh_reference: updates after which the reference becomes the policy as it then is; 0 for never.
     """
 
     min_group_size = 2
@@ -75,20 +57,54 @@ class GRPO(LogProbs):
         policy: Any,
         env: Any,
         *,
-        clip_range: float = 0.2,
-        clip_range_high: float | None = None,
-        dual_clip: float | None = None,
-        entropy_coef: float = 0.0,
-        ratio_level: str = "token",
-        aggregation: str = "constant",
-        advantage_scale: str = "group",
-        advantage_eps: float = 1e-4,
-        dynamic_sampling: str = "keep",
-        max_batches: int = 4,
-        epochs: int = 1,
-        minibatches: int = 1,
-        target_kl: float | None = None,
-        refresh_reference: int = 0,
+        clip_range: Annotated[float, "the ratio may move the loss within ``1 +- clip_range``."] = 0.2,
+        clip_range_high: Annotated[
+            float | None,
+            "the upper end is ``1 + clip_range_high``; DAPO's clip-higher. ``None``: the same.",
+        ] = None,
+        dual_clip: Annotated[
+            float | None,
+            "c, above 1: bounds the loss of a negative advantage, see ``losses.clipped_loss``. ``None``: without.",
+        ] = None,
+        entropy_coef: Annotated[
+            float,
+            "weight of the entropy bonus, the policy's entropy at each token in the loss.",
+        ] = 0.0,
+        ratio_level: Annotated[
+            str,
+            'a name in ``losses.RATIO_LEVELS``: "token", "grid" (GMPO) or "sequence" (GSPO).',
+        ] = "token",
+        aggregation: Annotated[
+            str,
+            'a name in ``losses.AGGREGATIONS``, what the loss is a mean of: "constant" (Dr. GRPO\'s), '
+            '"token_mean" (DAPO\'s), "sequence_mean" (GRPO\'s) or "step_mean". All rows have the same tokens, so '
+            "the first three differ only where a mask takes tokens away.",
+        ] = "constant",
+        advantage_scale: Annotated[
+            str,
+            'a name in ``losses.ADVANTAGE_SCALES``: "group", "batch" or "none" (Dr. GRPO).',
+        ] = "group",
+        advantage_eps: Annotated[float, "added to the standard deviation."] = 1e-4,
+        dynamic_sampling: Annotated[
+            str,
+            'what becomes of groups whose rewards are all equal, which teach nothing. "keep" them under their '
+            'KL term; "drop" them; "resample" other prompts until the batch is full (DAPO, section 3.2).',
+        ] = "keep",
+        max_batches: Annotated[
+            int,
+            '"resample" draws at most so many batches an update. Their pictures all count as budget.',
+        ] = 4,
+        epochs: Annotated[int, "passes over a rollout."] = 1,
+        minibatches: Annotated[int, "optimiser steps an epoch."] = 1,
+        target_kl: Annotated[
+            float | None,
+            "an update ends before an optimiser step at which the policy's KL from the one that sampled, "
+            "estimated on the minibatch, is above 1.5 times this (as in Stable-Baselines3). ``None``: never.",
+        ] = None,
+        refresh_reference: Annotated[
+            int,
+            "updates after which the reference becomes the policy as it then is; 0 for never.",
+        ] = 0,
         **common: Any,
     ) -> None:
         require_choice(losses.RATIO_LEVELS, ratio_level=ratio_level)

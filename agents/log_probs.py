@@ -7,7 +7,7 @@ under guidance or truncation. Rows pass in micro-batches, to fit the memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -28,19 +28,6 @@ class LogProbs(Agent):
 
     Args:
         policy, env: and more keywords, as in `Agent`.
-        kl_coef: weight of the KL to the reference, the policy as it was given; 0 is without.
-        kl: "k1", "k2", "k3" or "full", see ``losses.KL_ESTIMATES`` and ``losses.full_kl``.
-        kl_in: "loss" adds the KL of each token to the loss; "reward" takes the sum over a row's tokens off its score,
-            before advantages are made, as RLHF does; "k1" is the usual estimate there.
-        support: "model" learns with the model's own log-probabilities; "sampler" renormalises them on the codes that a
-            truncated sampler could draw, frozen at sampling. Pushing down truncated samples otherwise leaks
-            probability to codes that are never shown, so truncated training needs this or a strong KL.
-        micro_batch: rows in one forward and backward, to fit the memory (gradient accumulation); leaves the update
-            unchanged.
-        logit_chunk: tokens of a picture whose logits exist at a time; leaves the update unchanged, but for rounding.
-            For large vocabularies; not with ``kl="full"`` and ``support="sampler"``. ``None``: all.
-        recompute: gradient checkpointing: the backward pass computes the policy's layers again. Leaves the update
-            unchanged, and takes up to a third longer.
     """
 
     def __init__(
@@ -48,13 +35,39 @@ class LogProbs(Agent):
         policy: Any,
         env: Any,
         *,
-        kl_coef: float = 0.02,
-        kl: str = "k3",
-        kl_in: str = "loss",
-        support: str = "model",
-        micro_batch: int | None = None,
-        logit_chunk: int | None = None,
-        recompute: bool = False,
+        kl_coef: Annotated[
+            float,
+            "weight of the KL to the reference, the policy as it was given; 0 is without.",
+        ] = 0.02,
+        kl: Annotated[
+            str,
+            '"k1", "k2", "k3" or "full", see ``losses.KL_ESTIMATES`` and ``losses.full_kl``.',
+        ] = "k3",
+        kl_in: Annotated[
+            str,
+            '"loss" adds the KL of each token to the loss; "reward" takes the sum over a row\'s tokens off its '
+            'score, before advantages are made, as RLHF does; "k1" is the usual estimate there.',
+        ] = "loss",
+        support: Annotated[
+            str,
+            '"model" learns with the model\'s own log-probabilities; "sampler" renormalises them on the codes '
+            "that a truncated sampler could draw, frozen at sampling. Pushing down truncated samples otherwise "
+            "leaks probability to codes that are never shown, so truncated training needs this or a strong KL.",
+        ] = "model",
+        micro_batch: Annotated[
+            int | None,
+            "rows in one forward and backward, to fit the memory (gradient accumulation); leaves the update unchanged.",
+        ] = None,
+        logit_chunk: Annotated[
+            int | None,
+            "tokens of a picture whose logits exist at a time; leaves the update unchanged, but for rounding. "
+            'For large vocabularies; not with ``kl="full"`` and ``support="sampler"``. ``None``: all.',
+        ] = None,
+        recompute: Annotated[
+            bool,
+            "gradient checkpointing: the backward pass computes the policy's layers again. Leaves the update "
+            "unchanged, and takes up to a third longer.",
+        ] = False,
         **common: Any,
     ) -> None:
         require_choice((*losses.KL_ESTIMATES, "full"), kl=kl)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from stable_baselines3.common.utils import explained_variance, update_learning_rate
@@ -103,12 +103,6 @@ class PPO(GRPO):
     Args:
         policy, env: and more keywords, as in `GRPO`. Groups are not compared with each other or within, so that
             ``group_size=1`` with more prompts is possible.
-        gamma: discount of a grid; 1 is without, the usual choice where the reward comes at the end.
-        gae_lambda: how far a grid's advantage looks past the next state's value, 0 to 1.
-        critic_learning_rate: of the critic's own AdamW.
-        critic_epochs: passes of the critic over a rollout, after the policy's.
-        advantage_scale: "batch" divides the centred advantages by their standard deviation over all grids of the
-            rollout; "none" only centres them.
     """
 
     min_group_size = 1
@@ -118,11 +112,21 @@ class PPO(GRPO):
         policy: Any,
         env: Any,
         *,
-        gamma: float = 1.0,
-        gae_lambda: float = 0.95,
-        critic_learning_rate: float = 1e-3,
-        critic_epochs: int = 4,
-        advantage_scale: str = "batch",
+        gamma: Annotated[
+            float,
+            "discount of a grid; 1 is without, the usual choice where the reward comes at the end.",
+        ] = 1.0,
+        gae_lambda: Annotated[
+            float,
+            "how far a grid's advantage looks past the next state's value, 0 to 1.",
+        ] = 0.95,
+        critic_learning_rate: Annotated[float, "of the critic's own AdamW."] = 1e-3,
+        critic_epochs: Annotated[int, "passes of the critic over a rollout, after the policy's."] = 4,
+        advantage_scale: Annotated[
+            str,
+            '"batch" divides the centred advantages by their standard deviation over all grids of the rollout; '
+            '"none" only centres them.',
+        ] = "batch",
         **grpo: Any,
     ) -> None:
         for name, share in (("gamma", gamma), ("gae_lambda", gae_lambda)):

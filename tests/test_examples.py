@@ -8,6 +8,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -101,6 +102,15 @@ class TestAgentOptions:
         for options in module("agent_options").agent_options():
             missing = [name for name, (_, text) in options.items() if not text.partition(": ")[2] and len(text) < 5]
             assert missing == []
+
+    def test_help_is_what_the_constructors_say(self, module):
+        class Base:
+            def __init__(self, *, a: Annotated[int, "of the base"] = 1, b: Annotated[int, "told again"] = 2): ...
+
+        class Derived(Base):
+            def __init__(self, *, b: "Annotated[int, 'of its own']" = 3, c: int = 4, **rest): ...
+
+        assert module("agent_options").help_of(Derived) == {"a": "of the base", "b": "of its own"}
 
     def test_help_and_defaults_come_from_the_classes(self, module, capsys):
         with pytest.raises(SystemExit):
