@@ -376,7 +376,7 @@ class Agent(Trainable):
                 raise StopLearning
 
     def dump_logs(self, iteration: int = 0) -> None:
-        """Write what was recorded, with the budget spent so far, at step ``num_timesteps``."""
+        """Write what was recorded, with the budget spent so far, at step ``images_decoded``, an axis for all agents."""
         elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         values = {
             "budget/images": self.images_decoded,
@@ -394,7 +394,7 @@ class Agent(Trainable):
             values["train/skipped_steps"] = self.skipped_steps
         for name, value in values.items():
             self.logger.record(name, value)
-        self.logger.dump(self.num_timesteps)
+        self.logger.dump(self.images_decoded)
 
     # Acting ----------------------------------------------------------------------------------------------------------
 

@@ -199,7 +199,7 @@ class ConflictProbe(AgentCallback):
     def _on_training_end(self) -> None:
         if not self.is_up_to_date:
             self.measure()
-            self.logger.dump(self.model.num_timesteps)
+            self.logger.dump(self.model.images_decoded)
 
     @property
     def is_up_to_date(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from agents.beside import applicable_shares, measure_beside
 from agents.common.checks import require_at_least
 from agents.inner_env import inner_env
 from agents.policies.base import Policy
@@ -16,6 +17,7 @@ from agents.rollout import collect, resized
 from agents.sampling import Decoding
 from rewards import OCRReward
 from rewards.text_metrics import normalized_edit_distance, word_accuracy
+from var_env.attributes import Record
 from var_env.scenes import Scene, World, drawn
 from var_env.seeding import as_seed
 from var_env.vector import VARTextVectorEnv
@@ -36,6 +38,7 @@ class Evaluation:
     parts: dict[str, np.ndarray]  # the reward's parts, NaN where one is not applicable
     words_read: list[list[str]]
     images: np.ndarray  # (N, S, S, 3) uint8
+    beside: Record  # what no reward sees, see `attributes`; nothing for scenes that are no `Scene`
 
     def means(self) -> dict[str, float]:
         """The headline numbers."""
@@ -46,6 +49,10 @@ class Evaluation:
             "nothing_read": self.nothing_read,
         }
         return {name: float(values.mean()) for name, values in arrays.items()}
+
+    def shares(self) -> dict[str, float]:
+        """What was measured beside the reward, where it is applicable, one number each."""
+        return applicable_shares(self.beside)
 
 
 def held_out_scenes(world: World, count: int, seed: int = 0, split: str = "test") -> list[Scene]:
@@ -108,6 +115,7 @@ def evaluate(
         parts={name: np.concatenate([rollout.parts[name] for rollout in rollouts]) for name in rollouts[0].parts},
         words_read=words_read,
         images=images,
+        beside=measure_beside(images, scenes, words_read),
     )
 
 

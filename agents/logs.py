@@ -35,7 +35,7 @@ def open_logger(folder: str | Path, formats: Sequence[str], step: int | None = N
     Args:
         folder: of the run.
         formats: "stdout", "log", "json", "csv", "tensorboard".
-        step: of a run that goes on, ``num_timesteps`` of its checkpoint. What "csv" and "tensorboard" logged after it
+        step: of a run that goes on, ``images_decoded`` of its checkpoint. What "csv" and "tensorboard" logged after it
             is taken back, since it will be logged again; the other files begin anew.
 
     Of several processes the first one logs, and the others get a logger that writes nothing.
@@ -52,7 +52,7 @@ def open_logger(folder: str | Path, formats: Sequence[str], step: int | None = N
 
 
 class ContinuedCSV(CSVOutputFormat):
-    """progress.csv with the rows up to a step that it had before."""
+    """progress.csv with the rows up to a step that it had before. An evaluation at that step is made again."""
 
     def __init__(self, folder: Path, step: int) -> None:
         path = folder / "progress.csv"
@@ -62,7 +62,8 @@ class ContinuedCSV(CSVOutputFormat):
                 before = list(csv.DictReader(file))
         super().__init__(str(path))
         for row in before:
-            if row["time/total_timesteps"] and int(row["time/total_timesteps"]) <= step:
+            images, trained = row.get("budget/images"), row.get("time/total_timesteps")
+            if images and int(images) <= step and (trained or int(images) < step):
                 self.write({name: number(text) for name, text in row.items() if text}, {})
 
 

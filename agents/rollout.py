@@ -19,6 +19,7 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from agents.beside import applicable_shares, measure_beside
 from agents.common.processes import Processes
 from agents.inner_env import inner_env
 from agents.losses import zero_variance
@@ -205,7 +206,8 @@ class Rollout:
         )
 
     def summary(self, processes: Processes = Processes()) -> dict[str, float]:  # noqa: B008 (alone)
-        """Scalars to log: the reward's mean and spread, its parts where they apply, and the sampler's tail.
+        """Scalars to log: the reward's mean and spread, its parts and what is beside it where they apply, and the
+        sampler's tail.
 
         Over the rollouts of all processes, each of which has to call it.
         """
@@ -213,6 +215,9 @@ class Rollout:
         groups = scores.double().std(1, correction=0)
         parts = {name: processes.gather(torch.as_tensor(self.parts[name])).numpy() for name in sorted(self.parts)}
         applicable = {name: parts[name][~np.isnan(parts[name])] for name in self.parts}
+        scenes = [scene for scene in self.scenes for _ in range(self.suffixes)]  # B * K
+        record = measure_beside(self.images, scenes, self.words_read if self.reads else None)
+        beside = {name: processes.gather(torch.as_tensor(values)).numpy() for name, values in record.items()}
         tail = torch.cat([draw.tail_mass for draw in self.draws], 1)  # (B, L, D)
         return {
             "reward": returns.mean().item(),
@@ -221,6 +226,7 @@ class Rollout:
             "zero_variance_groups": zero_variance(scores).double().mean().item(),
             "tail_mass": processes.mean(tail.double().sum().item(), tail.numel()),
             **{name: float(values.mean()) for name, values in applicable.items() if values.size},
+            **applicable_shares(beside),
         }
 
 

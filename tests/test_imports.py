@@ -19,6 +19,7 @@ FLOORS = {  # a module may import its own floor and those above it in this table
     "policies": ("agents.policies.",),
     "common": ("agents.common.",),
     "rollout": (
+        "agents.beside",
         "agents.inner_env",
         "agents.losses",
         "agents.sampling",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
@@ -38,7 +39,8 @@ from agents import (
 )
 from agents.callbacks import CheckpointEvery, Interrupt, StopOnSignal
 from agents.common.processes import current
-from agents.experiments import ray_runs, report, tuned
+from agents.evaluation import Evaluation
+from agents.experiments import figures, ray_runs, tables, tuned
 from agents.experiments.agent_options import settings_of
 from agents.experiments.callbacks import CurveEval, ImageBar, budget
 from agents.experiments.cells import BASE, Cell, Outcome, Result
@@ -49,6 +51,7 @@ from agents.experiments.options import (
 )
 from agents.experiments.output import write_json
 from agents.experiments.run_options import Preset
+from agents.experiments.tensorboard import record_hparams, write_layout
 from agents.logs import open_logger
 from agents.policies.base import Policy
 from var_env import VARTextVectorEnv
@@ -102,6 +105,11 @@ class Comparison:
             "models_of_the_reward": self.env.reward.describe(),
         }
 
+    @functools.cached_property
+    def before(self) -> Evaluation:
+        """The base policy on the prompts of the curves."""
+        return evaluate(self.base, self.env, self.val, self.decoding, NOISE_SEED)
+
     def cell(self, recipe: str, seed: int, **changes: Any) -> Cell:
         """A run of a recipe, its label, with the settings that it was tuned to and some changed."""
         own = {name: value for name, value in self.tuned.get(recipe, {}).items() if name not in self.args.given}
@@ -115,7 +123,7 @@ class Comparison:
 
     def finished(self, cell: Cell) -> Result | None:
         """The result of a run that needs no repeating. ``ValueError`` when it was made with other settings."""
-        folder = report.run_folder(self.out, cell.label, cell.seed)
+        folder = figures.run_folder(self.out, cell.label, cell.seed)
         result: Result | None = None
         if (folder / "result.json").is_file():
             result = json.loads((folder / "result.json").read_text())
@@ -150,10 +158,10 @@ class Comparison:
             "config": self.config | cell.method,
             "diagnostics": policy.diagnostics(),
             **more,
-            **report.measure(evaluation),
+            **tables.measure(evaluation),
         }
-        folder = report.run_folder(self.out, cell.label, cell.seed)
-        report.save_strip(folder / "samples.png", evaluation)
+        folder = figures.run_folder(self.out, cell.label, cell.seed)
+        figures.save_strip(folder / "samples.png", evaluation)
         write_json(folder / "result.json", result)
         return result
 
@@ -168,14 +176,14 @@ class Comparison:
 
     def train(self, cell: Cell, interrupt: Interrupt) -> Result | None:
         """One run; ``None`` when it was interrupted before its first update."""
-        settings, folder = self.settings, report.run_folder(self.out, cell.label, cell.seed)
+        settings, folder = self.settings, figures.run_folder(self.out, cell.label, cell.seed)
         cap = settings.seconds or None
         saves = CheckpointEvery(folder / "checkpoints", self.save_every)
         agent, step = self.start(cell, folder, saves.checkpoints)
         agent.set_logger(open_logger(folder, ["tensorboard", "csv"], step))
         callbacks: list[BaseCallback] = [
             saves,
-            CurveEval(settings.eval_every, self.val, "val", NOISE_SEED, self.decoding),
+            CurveEval(settings.eval_every, self.val, "val", NOISE_SEED, self.decoding, base=self.before),
             StopAfter(images=settings.images, seconds=cap),
             StopOnSignal(interrupt),
             ImageBar(settings.images, str(cell)),
@@ -184,8 +192,8 @@ class Comparison:
             callbacks.insert(2, ConflictProbe(4 * settings.eval_every))  # costs as much as two or three updates
         steps = max(agent.timesteps(settings.images) - agent.num_timesteps, 0)
         agent.learn(steps, callbacks, reset_num_timesteps=step is None)
-        agent.logger.close()
         if agent.n_updates == 0 and interrupt.requested:
+            agent.logger.close()
             return None
         agent.best_policy.save(folder / "policy.safetensors")
         short = agent.images_decoded < settings.images
@@ -204,17 +212,20 @@ class Comparison:
             stopped_at=agent.images_decoded if capped or not finished else None,
             budget=budget(agent),
         )
+        record_hparams(agent.logger, self.asked(cell) | {"agent": cell.label, "seed": cell.seed}, result)
+        agent.logger.dump(agent.images_decoded)
+        agent.logger.close()
         if finished:
             shutil.rmtree(saves.checkpoints.folder)
         return result
 
     def start(self, cell: Cell, folder: Path, checkpoints: Checkpoints) -> tuple[Agent | Wrapper, int | None]:
-        """The agent of an earlier attempt at the run, with the step that it has come to, or a new one and ``None``."""
+        """The agent of an earlier attempt at the run, with the images that it has seen, or a new one and ``None``."""
         checkpoints.tidy()
         if checkpoints.paths() and (folder / "config.json").is_file():  # of this run, as `finished` has seen
             agent = checkpoints.load(self.env, self.base.device)
             tqdm.write(f"{cell}: goes on after update {agent.n_updates}", file=sys.stderr)
-            return agent, agent.num_timesteps
+            return agent, agent.images_decoded
         shutil.rmtree(folder, ignore_errors=True)
         write_json(folder / "config.json", self.asked(cell))
         return self.agent(cell), None
@@ -249,6 +260,7 @@ class Comparison:
         with Interrupt(notice) as interrupt:
             try:
                 base = base or self.result(BASE, self.base, finished=True, stopped_at=None)
+                write_layout(figures.run_folder(self.out, BASE.label, None))
                 for cell, outcome in train_all(missing(), interrupt):
                     if isinstance(outcome, Exception):
                         failed = True

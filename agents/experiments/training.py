@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.out} has seen {agent.images_decoded} images: give a larger --images to go on")
         return 0
     with clear_errors():
-        agent.set_logger(open_logger(args.out, ["tensorboard"], agent.num_timesteps if args.resume else None))
+        agent.set_logger(open_logger(args.out, ["tensorboard"], agent.images_decoded if args.resume else None))
     with Interrupt("finishing this update and saving; once more gives up") as interrupt:
         callbacks: list[BaseCallback] = [
             saves,

@@ -94,7 +94,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from agents.experiments import report
+    from agents.experiments import tables
     from agents.experiments.runs import Comparison
 
     with clear_errors():
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"Reward on {comparison.settings.test_prompts} validation prompts after {budget['images']} reward calls. "
             f"The base policy has {base['metrics']['reward'][0]:.3f}. The best trial of each agent is marked."
         )
-        page = ["# Trials", about, text, "## Settings", report.setting_list(comparison.described)]
+        page = ["# Trials", about, text, "## Settings", tables.setting_list(comparison.described)]
         write_text(args.out / "results.md", "\n\n".join(page) + "\n")
         return f"{text}\n\n{args.out}: tuned.json, results.md"
 

@@ -41,7 +41,7 @@ from question import (
 )
 
 from agents.experiments.cells import Result
-from agents.experiments.report import by_agent, with_interval
+from agents.experiments.tables import by_agent, with_interval
 from agents.panw import PANW, panw_weights
 from agents.recipes import options_of
 from var_env import ScaleSchedule

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from agents import Agent, Decoding, MaskPropagation, Wrapper, recipes
 from agents.conflict import cosines, half_gradients, reliability
 from agents.experiments.cells import Result
-from agents.experiments.report import save_figure
+from agents.experiments.figures import save_figure
 from agents.mask_propagation import COMBINATIONS
 from agents.rollout import Rollout
 from agents.split_rule import variance_components
