@@ -104,7 +104,7 @@ class HeldOutEval(AgentCallback):
     def evaluate_and_log(self) -> None:
         """Evaluate, and write what was found at the images decoded so far, where a curve shows it."""
         self.evaluate()
-        self.logger.record("budget/images", self.model.images_decoded)
+        self.logger.record("eval/images", self.model.images_decoded)
         self.logger.dump(self.model.images_decoded)
 
     @property

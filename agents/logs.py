@@ -62,7 +62,8 @@ class ContinuedCSV(CSVOutputFormat):
                 before = list(csv.DictReader(file))
         super().__init__(str(path))
         for row in before:
-            images, trained = row.get("budget/images"), row.get("time/total_timesteps")
+            trained = row.get("budget/images")
+            images = trained or row.get("eval/images")
             if images and int(images) <= step and (trained or int(images) < step):
                 self.write({name: number(text) for name, text in row.items() if text}, {})
 
