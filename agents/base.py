@@ -26,9 +26,9 @@ from agents.common import processes
 from agents.common.checks import require_at_least, require_groups
 from agents.policies import load_policy
 from agents.policies.base import Policy
-from agents.policies.lora import add_lora
+from agents.policies.lora import add_lora, lora_options
 from agents.progress import SampleProgressBar
-from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs
+from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs, prompts_of
 from agents.sampling import Decoding, SharedNoise
 from agents.step_locals import step_locals
 from agents.trainable import Trainable
@@ -37,6 +37,7 @@ from rewards.serving.pool import RewardPool
 from var_env.sb3 import VARTextVecEnv
 from var_env.seeding import as_seed
 from var_env.tokenizers.base import VisualTokenizer
+from var_env.unfamiliar import warn_of_prompt
 from var_env.vector import VARTextVectorEnv
 
 AgentT = TypeVar("AgentT", bound="Agent")
@@ -144,7 +145,7 @@ class Agent(Trainable):
         self.policy = policy if self.processes.shards else policy.to(self.device)
         self.policy.tokenizer.to(self.device)
         if lora is not None and _init_setup_model:  # one from a checkpoint has its adapters
-            add_lora(self.policy, seed=seed or 0, **lora)
+            add_lora(self.policy, **{"seed": seed or 0, **lora_options(lora)})
         self.reference: Policy | None = None
         self.ema: Policy | None = None
         self.max_grad_norm, self.max_skipped, self.ema_decay = max_grad_norm, max_skipped, ema_decay
@@ -167,7 +168,10 @@ class Agent(Trainable):
         self.set_random_seed(self.seed)
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """Seed the sampler, the prompts to come, and Python's, numpy's and torch's own generators."""
+        """Seed the sampler, the prompts to come, and Python's, numpy's and torch's own generators.
+
+        ``ValueError`` for a seed outside of 0 to 2**64 - 1.
+        """
         if seed is None:
             drawn = int(np.random.SeedSequence().generate_state(1)[0])  # saved, so that a resumed run goes on
             self.seed = self.processes.broadcast(drawn)
@@ -404,10 +408,19 @@ class Agent(Trainable):
         """The next grid on the canvas, ``(H, W)`` for one observation and ``(N, H, W)`` for a batch.
 
         Decodes as in training, or takes the likeliest codes. Draws from torch's global generator, so predicting does
-        not change a training run. Nothing is remembered between calls, and ``state`` comes back as it is.
+        not change a training run. Nothing is remembered between calls, and ``state`` comes back as it is. A prompt
+        unlike those of the world is warned of once, see ``var_env/unfamiliar.py``.
         """
+        self._warn_of_prompts(observation)
         decoding = Decoding(temperature=0.0, guidance=self.decoding.guidance) if deterministic else self.decoding
         return act(self.policy, observation, decoding), state
+
+    def _warn_of_prompts(self, observation: Mapping[str, Any]) -> None:
+        """Warn of prompts unlike those of the world that the agent learns in, or else the policy's, once each."""
+        world = self.policy.trained_on() if self.env is None else self.env.world
+        if world is not None:
+            for prompt in prompts_of(observation, scale=0):
+                warn_of_prompt(prompt, world)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from agents.sampling import Decoding
 from rewards import OCRReward
 from rewards.text_metrics import normalized_edit_distance, word_accuracy
 from var_env.attributes import Record
-from var_env.scenes import Scene, World
+from var_env.scenes import Scene, World, drawn
 from var_env.seeding import as_seed
 from var_env.vector import VARTextVectorEnv
 
@@ -58,9 +58,11 @@ class Evaluation:
 def held_out_scenes(world: World, count: int, seed: int = 0, split: str = "test") -> list[Scene]:
     """``count`` scenes like ``world``'s but of another split; the first ones are the same whatever the count.
 
-    A world of prompt files gives each of its prompts once, and all when there are fewer than ``count``.
+    A world of prompt files gives each of its prompts once, and all when there are fewer than ``count``. An object of
+    one's own that has no ``held_out`` knows no splits: these are scenes of its ``sample``, drawn from the seed.
     """
-    return world.held_out(count, seed, split)
+    seed, held_out = as_seed(seed), getattr(world, "held_out", None)
+    return drawn(world, count, seed) if held_out is None else held_out(count, seed, split)
 
 
 def evaluate(
@@ -83,11 +85,12 @@ def evaluate(
             All that is returned is of the picture kept, so that word accuracy and NED tell what the choice is worth.
     """
     require_at_least(1, batch_size=batch_size, best_of=best_of)
+    seed = as_seed(seed)
     base = VARTextVectorEnv(1, **env) if isinstance(env, Mapping) else inner_env(env)
     scenes = held_out_scenes(base.world, prompts, seed) if isinstance(prompts, int) else list(prompts)
     if not scenes:
         raise ValueError("evaluate needs at least one prompt")
-    generator = torch.Generator(policy.device).manual_seed(as_seed(seed))
+    generator = torch.Generator(policy.device).manual_seed(seed)
     training = policy.training
     policy.eval()
     rollouts = []

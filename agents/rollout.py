@@ -468,6 +468,14 @@ def act(policy: Policy, observation: dict[str, Any], decoding: Decoding) -> np.n
     return action if np.ndim(observation["scale"]) else action[0]
 
 
+def prompts_of(observation: Mapping[str, Any], scale: int | None = None) -> list[str]:
+    """The prompts of one observation or a batch, arrays or tensors; with ``scale``, of rows that await that grid."""
+    prompts = torch.atleast_2d(torch.as_tensor(observation["prompt"])).cpu().numpy()  # (N, bytes)
+    scales = torch.as_tensor(observation["scale"]).flatten().tolist()  # N
+    rows = [row for row, t in zip(prompts, scales, strict=True) if scale is None or t == scale]
+    return [row.tobytes().rstrip(b"\0").decode() for row in rows]
+
+
 def states_by_scale(policy: Policy, observation: Mapping[str, Any]) -> Iterator[tuple[int, Tensor, Any, list[Tensor]]]:
     """The rows of a batch of observations, arrays or tensors, that await grid t, for each t that occurs.
 
@@ -475,12 +483,12 @@ def states_by_scale(policy: Policy, observation: Mapping[str, Any]) -> Iterator[
     """
     flat = torch.as_tensor(observation["tokens"], device=policy.device)
     flat = flat.view(-1, policy.schedule.total_tokens, policy.tokenizer.depth)  # (N, L, D)
-    prompts = torch.atleast_2d(torch.as_tensor(observation["prompt"])).cpu().numpy()  # (N, bytes)
+    prompts = prompts_of(observation)
     scales = torch.as_tensor(observation["scale"]).flatten().cpu()  # (N,)
     for t in scales.unique().tolist():
         if t >= len(policy.schedule):
             raise ValueError(f"the episode is over, there is no grid {t}: reset the environment")
         rows = (scales == t).nonzero().flatten()
-        cond = policy.encode_prompts([prompts[row].tobytes().rstrip(b"\0").decode() for row in rows.tolist()])
+        cond = policy.encode_prompts([prompts[row] for row in rows.tolist()])
         rows = rows.to(policy.device)
         yield t, rows, cond, [flat[rows, part] for part in policy.schedule.slices[:t]]

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rewards.invisible import visible
+from rewards.reason import reason
+
 MIN_SIDE = 16  # pixels; smaller images hold no legible text
 
 
@@ -109,10 +112,16 @@ class Reward(ABC):
 
         Raises:
             ValueError: for images or scenes of another form, and for a score that is not finite.
+            RuntimeError: for an exception of a library that says nothing; the message names its class and its line.
         """
         check_images(images)
         self.check_scenes(scenes, len(images))
-        output = self.score(images, scenes)
+        try:
+            output = self.score(images, scenes)
+        except Exception as error:
+            if str(error).strip():
+                raise
+            raise RuntimeError(f"reward {self.name!r} failed: {reason(error)}") from error
         if len(output.scores) != len(images):
             raise ValueError(f"reward {self.name!r} gave {len(output.scores)} scores, not {len(images)}")
         return output
@@ -143,12 +152,17 @@ def check_images(images: NDArray[np.uint8]) -> None:
         remedy = "call .cpu().numpy() on a tensor, np.stack on a list of arrays"
         raise ValueError(f"{wanted} as a numpy array, got {type(images).__name__}; {remedy}")
     shape = images.shape
-    if images.ndim == 3:
+    convert = 'convert a file as it is opened: Image.open(FILE).convert("RGB")'
+    if images.ndim == 3 and shape[2] == 3:
         raise ValueError(f"{wanted}, got {shape}; add the batch axis to a single image: images[None]")
     if images.ndim != 4:
-        raise ValueError(f"{wanted}, got {shape}")
+        raise ValueError(f"{wanted}, got {shape}; {convert}, and stack the arrays: np.stack(images)")
     if shape[3] != 3:
-        remedy = {1: "repeat the grey channel: images.repeat(3, axis=-1)", 4: "drop alpha: images[..., :3]"}
+        # One channel may be grey levels or the numbers of a palette's colours, which nothing here can tell apart.
+        remedy = {
+            1: f"repeat the grey channel: images.repeat(3, axis=-1); of a palette, {convert}",
+            4: "drop alpha: images[..., :3]",
+        }
         if shape[1] == 3:
             hint = "move the channels last: images.transpose(0, 2, 3, 1)"
         else:
@@ -183,5 +197,5 @@ def check_scenes(scenes: Sequence[HasWords], count: int) -> None:
         if not words:
             raise ValueError(f"scene {index} has no target words; a text reward needs at least one")
         for word in words:
-            if not isinstance(word, str) or not word.strip():
+            if not isinstance(word, str) or not visible(word).strip():
                 raise ValueError(f"target word {word!r} of scene {index} is not a non-blank string")

@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_envs, tiny_policy
 
-from agents import evaluation
+from agents import GRPO, HeldOutEval, evaluation
 from agents.common.pictures import caption, sample_sheet
 from agents.evaluation import bootstrap_interval, evaluate, held_out_scenes
 from agents.policies.var_text import VARTextPolicy
@@ -13,7 +15,7 @@ from rewards.base import Reward, RewardOutput
 from rewards.combine import Combined
 from rewards.pool import RewardPool
 from rewards.text_metrics import normalized_edit_distance
-from var_env import World
+from var_env import VARTextVectorEnv, World
 from var_env.scenes import scene_from_prompt, split_of
 
 
@@ -190,3 +192,36 @@ def test_a_reward_that_does_not_read_is_read_beside():
     assert (mute.images == reading.images).all() and mute.words_read == reading.words_read
     assert mute.word_accuracy.tolist() == reading.word_accuracy.tolist() and mute.word_accuracy.any()
     assert mute.scores.tolist() != reading.scores.tolist()
+
+
+class PlainWorld:
+    """What docs/your-model.md asks for, and nothing else."""
+
+    size, max_prompt_bytes = 64, 40
+
+    def sample(self, rng):
+        return scene_from_prompt(f'a sign that says "{"ABCDEF"[rng.integers(6)]}"', self.size)
+
+
+def test_a_plain_object_is_a_world(parts):
+    envs = VARTextVectorEnv(2, world=PlainWorld(), **parts)
+    assert held_out_scenes(envs.world, 2, seed=3) == held_out_scenes(envs.world, 5, seed=3)[:2]
+    policy = tiny_policy(parts["tokenizer"])
+    agent = GRPO(policy, envs, group_size=2, prompts_per_update=2, seed=0, device="cpu")
+    evaluation = HeldOutEval(every=1, prompts=2)
+    agent.learn(12, evaluation)
+    assert len(evaluation.history) == 2 and evaluate(policy, envs, 2).scores.shape == (2,)
+
+
+@pytest.mark.parametrize("world", [PlainWorld, object(), SimpleNamespace(size=64, max_prompt_bytes="x")])
+def test_no_world(parts, world):
+    with pytest.raises(ValueError, match=r"a world needs size, max_prompt_bytes, sample; .* has no"):
+        VARTextVectorEnv(2, world=world, **parts)
+
+
+@pytest.mark.parametrize("seed", [2**64, -1, 1.5, "1", True])
+def test_seeds_out_of_range(parts, seed):
+    with pytest.raises(ValueError, match=f"seed must be a whole number from 0 to .* got {seed!r}"):
+        evaluate(tiny_policy(parts["tokenizer"]), parts, 1, seed=seed)
+    with pytest.raises(ValueError, match=f"seed must be a whole number from 0 to .* got {seed!r}"):
+        GRPO(tiny_policy(parts["tokenizer"]), None, seed=seed)

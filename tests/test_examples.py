@@ -493,7 +493,7 @@ class TestEvaluate:
 
 class TestPlay:
     def test_pictures_grow(self, weights, tmp_path):
-        prompt = 'A navy sign that says "HELLO" in yellow letters'
+        prompt = 'A navy sign that says "KITE" in yellow letters'
         files = ["--png", tmp_path / "a" / "p.png", "--gif", tmp_path / "p.gif"]
         printed = run("play", *weights, prompt, "--seed", 1, "--columns", 8, *files)
         assert printed.startswith(prompt) and "OCR read " in printed and "score -0.6" in printed

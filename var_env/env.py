@@ -121,8 +121,9 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
         Args:
             seed: seeds ``np_random``, from which the world draws, 0 to 2**64 - 1; without it, the generator goes on.
             options: ``{"prompt": str}``, words in double quotes, or ``{"scene": Scene}``. Draws no random number.
+                A prompt unlike the world's gets a :class:`~var_env.unfamiliar.PromptWarning`, once.
         """
-        scenes = mdp.requested_scenes(options, None, self.world.size, self.world.max_prompt_bytes)
+        scenes = mdp.requested_scenes(options, None, self.world.size, self.world.max_prompt_bytes, self.world)
         requested = None if scenes is None else self._start(scenes)
         super().reset(seed=None if seed is None else as_seed(seed))
         self._state = requested or self._start([self.world.sample(self.np_random)])

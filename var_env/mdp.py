@@ -22,6 +22,7 @@ from var_env.prompts import PromptWorld
 from var_env.scenes import MAX_PROMPT_BYTES, Scene, World, encode_prompt, scene_from_prompt
 from var_env.tokenizers.base import VisualTokenizer
 from var_env.tokenizers.registry import load_tokenizer
+from var_env.unfamiliar import warn_of_prompt
 
 if TYPE_CHECKING:
     from rewards.base import Reward, RewardOutput
@@ -268,13 +269,14 @@ def components(
     prompts: str | Path | None = None,
 ) -> tuple[World, VisualTokenizer, Reward]:
     """The world, the tokenizer and the reward that an environment's arguments name; objects are taken as they are."""
-    if world is None:
-        if prompts is None:
-            world = World(size=size, split=split, regions=regions)
-        else:
-            world = PromptWorld(prompts, size=size, split=split, regions=regions)
-    elif prompts is not None:
+    if world is not None and prompts is not None:
         raise ValueError(f"give world or prompts, not both: got {world!r} and {prompts!r}")
+    if world is not None:
+        check_world(world)
+    elif prompts is None:
+        world = World(size=size, split=split, regions=regions)
+    else:
+        world = PromptWorld(prompts, size=size, split=split, regions=regions)
     if tokenizer is None or isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer.image_size != world.size:
@@ -291,14 +293,29 @@ def components(
     return world, tokenizer, reward
 
 
+def check_world(world: Any) -> None:
+    """``ValueError`` naming what an object lacks that environments ask of a world."""
+    wanted = {"size": "pixels", "max_prompt_bytes": "bytes of the longest prompt", "sample": "sample(rng) -> Scene"}
+    for name, meaning in wanted.items():
+        value = getattr(world, name, None)
+        right = callable(value) if name == "sample" else isinstance(value, int | np.integer)
+        if isinstance(world, type) or not right:
+            raise ValueError(f"a world needs {', '.join(wanted)}; {world!r} has no {name} ({meaning})")
+
+
 def requested_scenes(
-    options: Mapping[str, Any] | None, batch: int | None, size: int, limit: int = MAX_PROMPT_BYTES
+    options: Mapping[str, Any] | None,
+    batch: int | None,
+    size: int,
+    limit: int = MAX_PROMPT_BYTES,
+    world: Any = None,
 ) -> list[Scene] | None:
     """The scenes that the options of a reset ask for, or ``None`` when the world is to draw them.
 
     Args:
         options: ``{"prompt": str}`` or ``{"scene": Scene}``; with ``batch``, ``{"prompts": [...]}`` or
             ``{"scenes": [...]}``, one entry a row.
+        world: warns of prompts that are unlike its own, see ``unfamiliar.py``.
 
     Raises:
         ValueError: an unknown option, both at once, entries of another type or number, a prompt without quoted words.
@@ -320,7 +337,12 @@ def requested_scenes(
         raise ValueError(f"the reset option {name!r} takes {wanted.__name__}, got {wrong[0]!r}")
     if len(values) != (batch or 1):
         raise ValueError(f"the reset option {name!r} needs one entry a row, {batch}; got {len(values)}")
-    return [scene_from_prompt(entry, size, limit) for entry in values] if name == prompt_key else values
+    if name == scene_key:
+        return values
+    scenes = [scene_from_prompt(entry, size, limit) for entry in values]
+    for entry in values:
+        warn_of_prompt(entry, world)
+    return scenes
 
 
 def reject(owner: str, unknown: Mapping[str, Any], known: Collection[str]) -> None:

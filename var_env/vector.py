@@ -149,7 +149,9 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
         mask = options.pop("reset_mask", None)
         if mask is not None and not (np.shape(mask) == (self.num_envs,) and np.all(mask)):
             raise ValueError(f"reset_mask must be true for all {self.num_envs} rows: they run in lockstep")
-        requested = mdp.requested_scenes(options, self.num_envs, self.world.size, self.world.max_prompt_bytes)
+        requested = mdp.requested_scenes(
+            options, self.num_envs, self.world.size, self.world.max_prompt_bytes, self.world
+        )
         state = None if requested is None else self._start(requested)
         self._seed(seed)
         self._state = state or self._start([self.world.sample(rng) for rng in self._generators])

@@ -1,7 +1,7 @@
 """Watch a picture grow scale by scale: in the terminal, as a PNG strip, or as an animated GIF.
 
     vartext play                                                   # a held-out prompt, at random
-    vartext play 'A navy sign that says "HELLO" in yellow letters'
+    vartext play 'A navy sign that says "KITE" above "RUN" in white letters'
     vartext play --seed 3 --png runs/play.png --gif runs/play.gif --quiet
     vartext play --policy runs/compare-quick/grpo/seed0/policy.safetensors --temperature 0.7
 

@@ -7,7 +7,7 @@ import sys
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents import Agent, Decoding, StopAfter, Wrapper, recipes
+from agents import Agent, Decoding, StopAfter, Wrapper, held_out_scenes, recipes
 from agents.callbacks import BestCheckpoint, CheckpointEvery, Interrupt, StopOnSignal
 from agents.checkpoints import Checkpoints
 from agents.common.schedules import make_schedule
@@ -20,6 +20,7 @@ from agents.experiments.options import (
     decoding_from,
 )
 from agents.logs import open_logger
+from rewards.reason import reason
 
 
 class CurveAndBest(CurveEval, BestCheckpoint):
@@ -56,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
         evaluation = CurveAndBest(args.out / "best.safetensors", every=args.eval_every, prompts=args.eval_prompts)
         if args.resume:
             evaluation.go_on()
+        env = agent.unwrapped.env
+        assert env is not None
+        held_out_scenes(env.world, args.eval_prompts, split=evaluation.split)  # a list may be too small for the split
         agent.processes.barrier()  # all have looked whether there is a run in --out
     steps = agent.timesteps(args.images) - agent.num_timesteps
     if agent.images_decoded >= args.images or steps <= 0:
@@ -81,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             print(kept(saves.checkpoints), file=sys.stderr)
             return INTERRUPTED
         except (OSError, RuntimeError, TypeError, ValueError) as error:  # a full disk, numbers that are not finite, ...
-            sys.exit(f"error: {error}\n{kept(saves.checkpoints)}")
+            sys.exit(f"error: {reason(error)}\n{kept(saves.checkpoints)}")
     if agent.processes.is_first:
         print(f"{agent.images_decoded} images, {agent.n_updates} updates: {args.out}")
     return INTERRUPTED if interrupt.requested else 0

@@ -39,7 +39,8 @@ class RewardPool(Reward):
 
     A worker that dies, or that is not done with a piece in `timeout` seconds and is killed, is replaced, and the
     piece is done again, up to `retries` times: then `WorkerError`. What the reward raises comes out as it is, and
-    is not tried again. A pickle of a pool is a new pool, whose workers start at its first batch.
+    is not tried again. `worker.CannotStart` says why no process can be started for a reward, or here. A pickle of a
+    pool is a new pool, whose workers start at its first batch.
 
     Args:
         reward: a reward's name, as for `rewards.make`, or a reward that can be pickled.

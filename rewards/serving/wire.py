@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rewards.base import HasWords, RewardOutput
+from rewards.reason import reason
 from rewards.serving.pool import rebuilt
 
 # Types that a client may send by mistake, and of which `check_images` says what is wrong.
@@ -119,9 +120,9 @@ def _from_png(files: list[Any], max_images: int, max_bytes: int) -> NDArray[Any]
             with Image.open(io.BytesIO(raw), formats=["PNG"]) as image:
                 size += image.width * image.height * 3
                 if size <= max_bytes:  # which the header says before any pixel is unpacked
-                    arrays.append(np.atleast_3d(np.asarray(image)))
+                    arrays.append(np.atleast_3d(np.asarray(with_colours(image))))
         except Exception as error:  # Pillow raises many kinds
-            raise ValueError(f"image {index} is no readable PNG file: {error}") from error
+            raise ValueError(f"image {index} is no readable PNG file: {reason(error)}") from error
         if size > max_bytes:
             raise TooLarge(f"the images hold more than {max_bytes} bytes of pixels, the most this service takes")
         if arrays[index].shape != arrays[0].shape:
@@ -130,6 +131,16 @@ def _from_png(files: list[Any], max_images: int, max_bytes: int) -> NDArray[Any]
                 f"image {index} is {_shape(arrays[index])}; send one batch a size"
             )
     return np.stack(arrays) if arrays else np.zeros((0, 0, 0, 3), np.uint8)
+
+
+def with_colours(image: Image.Image) -> Image.Image:
+    """A palette's image with its colours, RGB, or RGBA if it has transparency; others as they are.
+
+    Its pixels are numbers of colours, which would pass for grey levels.
+    """
+    if image.mode != "P":
+        return image
+    return image.convert("RGBA" if "transparency" in image.info else "RGB")
 
 
 def _shape(array: NDArray[Any]) -> str:
