@@ -13,7 +13,7 @@ help:
 	@echo "make compare   train agents from the shipped base policy and compare them on held-out words (runs/)"
 	@echo "make ablate    the paper's ablations; ARGS=m for one of them (hours for all)"
 	@echo "make results   what is in results/, again: many hours"
-	@echo "make test      run the tests"
+	@echo "make test      run the tests in two processes; ARGS='-n 8' for more"
 	@echo "make test-paddle  test the PaddleOCR engine, in an environment of its own (.venv-paddle)"
 	@echo "make soak      runs that are killed and go on, a thousand updates in flat memory, a reward service under fire"
 	@echo "make lint      run ruff and mypy"
@@ -39,7 +39,7 @@ results: $(INSTALLED)
 	for run in full ablate; do mkdir -p results/$$run && cp runs/$$run/*.md runs/$$run/*.json runs/$$run/*.png results/$$run; done
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # PaddleOCR needs an older numpy and OpenCV than the results were made with.
 $(PADDLE)/.installed: pyproject.toml constraints.txt
@@ -53,6 +53,7 @@ test-paddle: $(PADDLE)/.installed
 
 # What takes too long for a test. Its last result is in docs/scaling.md.
 soak: $(INSTALLED)
+	$(BIN)/python -m pytest -m soak
 	$(BIN)/python examples/soak_training.py --out results/soak $(ARGS)
 	$(BIN)/python examples/soak_service.py --out results/soak
 

@@ -5,11 +5,13 @@ The same as ``vartext pretrain``: what it does, and its options, are in agents/e
 
 import sys
 
+from var_env.agents_clash import check_agents
+
 if __name__ == "__main__":
     try:
-        from agents.experiments.pretrain import main
-    except ImportError as error:  # perhaps there is another package of the name
-        from var_env.agents_clash import find_clash
+        check_agents()
+    except ImportError as error:
+        sys.exit(f"error: {error}")
+    from agents.experiments.pretrain import main
 
-        sys.exit(f"error: {find_clash() or error}")
     sys.exit(main())

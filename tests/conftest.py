@@ -1,11 +1,26 @@
 """Small stand-ins for the shipped parts, for tests that are not about pictures that can be read."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from rewards.base import Reward, RewardOutput
 from var_env import ScaleSchedule, Tokenizer
+
+# The files that take longest. Processes that share the tests begin with them, or one would end long after the others.
+LONGEST = ("processes", "examples", "going_on", "ray", "ablate", "wheel", "service")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core: one thread for each, and for those that it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 class Brightness(Reward):

@@ -1,11 +1,7 @@
 """CLIPScore on a small checkpoint of the real classes, with random weights."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +15,6 @@ import rewards
 from rewards import CLIPScore
 from var_env import VARTextVectorEnv
 from var_env.scenes import World, render
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +103,6 @@ def test_bad_batch_size():
 class TestMissingWeights:
     def test_nothing_is_loaded_before_the_first_call(self):
         assert CLIPScore("nobody/has-this").model == "nobody/has-this"
-
-    def test_no_network(self, tmp_path):
-        code = "from rewards import CLIPScore; CLIPScore('openai/none-such').load()"
-        offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline)
-        last = done.stderr.splitlines()[-1]
-        assert last.startswith("OSError: cannot load the CLIP checkpoint 'openai/none-such': fetch it with")
-        assert "`hf download openai/none-such`, or give a local folder" in last
 
     def test_an_empty_folder(self, tmp_path):
         with pytest.raises(OSError, match=f"'{tmp_path}': the folder needs config.json, the weights"):

@@ -102,5 +102,6 @@ for reward in made:
         "IDEA-Research/grounding-dino-tiny",
     ]
     assert len(lines) == len(checkpoints)
+    assert lines[0].startswith("cannot load the CLIP checkpoint ")
     for line, checkpoint in zip(lines, checkpoints, strict=True):
-        assert f"checkpoint '{checkpoint}': fetch it with `hf download {checkpoint}`" in line
+        assert f"checkpoint '{checkpoint}': fetch it with `hf download {checkpoint}`, or give a local folder" in line

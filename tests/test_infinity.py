@@ -279,7 +279,7 @@ def test_adapters_alone_learn():
     grids, cond = random_grids(policy.tokenizer, 1), policy.encode_prompts(PROMPTS[:1])
     before = policy(cond, grids, EVERY)
     add_lora(policy, r=2)
-    assert torch.equal(policy(cond, grids, EVERY), before)
+    torch.testing.assert_close(policy(cond, grids, EVERY), before)  # frozen weights may take other kernels
     policy(cond, grids, EVERY).square().sum().backward()
     moved = {name for name, weight in policy.named_parameters() if weight.grad is not None}
     assert moved and all("lora_" in name for name in moved)

@@ -45,7 +45,9 @@ class TestAddLora:
         policy = tiny_policy(tokenizer)
         before = logits(policy)
         add_lora(policy, **LORA)
-        assert has_lora(policy) and torch.equal(logits(policy), before)
+        # The weights are frozen now: attention may take another kernel, which rounds differently.
+        assert has_lora(policy)
+        torch.testing.assert_close(logits(policy), before)
 
     def test_a_layer_is_the_formula(self, tokenizer):
         policy = tiny_policy(tokenizer)
@@ -105,7 +107,7 @@ class TestAddLora:
         tokens = torch.arange(4)[None]
         before = model(tokens).last_hidden_state
         add_lora(model, r=2, target_modules=["q_proj", "v_proj"])
-        assert torch.equal(model(tokens).last_hidden_state, before)
+        torch.testing.assert_close(model(tokens).last_hidden_state, before)  # frozen weights may take other kernels
         model(tokens).last_hidden_state.sum().backward()
         learned = {name for name, weight in model.named_parameters() if weight.grad is not None}
         assert len(learned) == 4 and all("lora_" in name for name in learned)

@@ -367,7 +367,7 @@ class TestPolicy:
         cond, grids = policy.encode_prompts(PROMPTS), random_grids(policy.tokenizer, 3)
         before = policy(cond, grids, EVERY)
         add_lora(policy, r=2)
-        assert torch.equal(policy(cond, grids, EVERY), before)
+        torch.testing.assert_close(policy(cond, grids, EVERY), before)  # frozen weights may take other kernels
         with torch.no_grad():
             for name, weight in policy.named_parameters():
                 weight.add_(0.1 if "lora_B" in name else 0.0)
