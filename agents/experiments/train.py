@@ -38,6 +38,7 @@ from agents.experiments.options import (
     clear_errors,
     require_at_least_one,
 )
+from agents.experiments.output import require_folder
 
 COUNTS = ("images", "save_every", "save_total", "eval_every", "eval_prompts")  # options of at least 1
 
@@ -78,6 +79,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     with clear_errors():
+        require_folder(args.out)
         require_at_least_one(**{n: getattr(args, n) for n in COUNTS})
     return args
 
