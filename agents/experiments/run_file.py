@@ -25,8 +25,8 @@ WORLD = ("regions", "prompts_from", "reward", "reward_kwargs")
 FILES = ("policy", "tokenizer", "prompts_from")  # options whose value is a path, or can be one
 FIXED = ("agent", "policy", "tokenizer", "seed", "lora")  # of the checkpoint, and of no use to an agent that is there
 JUDGING = (*WORLD, *DECODING, "prompts", "eval_prompts")  # by these the best policy is chosen
-NAMES = ("agent", "policy", "tokenizer", "seed", "plugin", *WORLD, *DECODING, "schedule", "warmup")
-NAMES += ("images", "save_every", "save_total", "eval_every", "eval_prompts")
+BUDGET = ("images", "save_every", "save_total", "eval_every", "eval_prompts")
+NAMES = ("agent", "policy", "tokenizer", "seed", "plugin", *WORLD, *DECODING, "schedule", "warmup", *BUDGET)
 
 
 def plain(name: str, value: Any) -> Any:

@@ -106,6 +106,7 @@ def agent_again(args: argparse.Namespace, checkpoints: Checkpoints) -> tuple[Age
             same_run = name in COUNTS and (name != "images" or args.schedule is None)  # a schedule ends with the images
             note = "" if same_run else ": it is another run from here on"
             print(run_file.told(name, given[name], was) + note, file=sys.stderr)
+    assert agent.env is not None
     same_prompts = run_file.fingerprint(agent.env.world).get("prompts") == kept.get("prompts")
     return agent, not old and same_prompts and not changed.keys() & {*run_file.JUDGING}
 
@@ -129,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         saves = CheckpointEvery(checkpoints.folder, args.save_every, args.save_total)
         evaluation = CurveAndBest(best, every=args.eval_every, prompts=args.eval_prompts)
         agent.processes.barrier()  # all have looked whether there is a run in --out
+    assert agent.env is not None
     steps = agent.timesteps(args.images) - agent.num_timesteps
     if agent.images_decoded >= args.images or steps <= 0:
         print(f"{args.out} has seen {agent.images_decoded} images: give a larger --images to go on")
