@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from agents import GRPO
 from agents.experiments.options import Parser, clear_errors
-from agents.experiments.output import table, write_json, write_text
+from agents.experiments.output import require_folder, table, write_json, write_text
 from agents.policies.base import has_bf16
 from agents.policies.var_text import VARTextPolicy
 from agents.rollout import Rollout
@@ -180,6 +180,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(*args.rows, *args.sides, *args.codes, args.micro_batch, args.logit_chunk) < 1:
         parser.error("--rows, --sides, --codes, --micro-batch and --logit-chunk must be at least 1")
+    with clear_errors():
+        if not args.measure:  # which writes nothing
+            require_folder(args.out)
     return args
 
 

@@ -401,6 +401,7 @@ class TestTrain:
         assert "leave out --resume" in refused(module("train").main, "--resume", "--out", trained / "nowhere")
         assert "unknown setting 'alpha'" in refused(module("train").main, *options, "--resume", "--alpha", 0.5)
         more = [*map(str, options), "--resume", "--images", "24", "--learning-rate", "3e-5"]
+        more += ["--entropy-coef", "0.1"]  # the rewards are all equal, and would move nothing
         assert module("train").main(more) == 0
         agent = GRPO.load(trained / "agent.zip", device="cpu")
         assert (agent.images_decoded, agent.learning_rate, agent.clip_range, agent.decoding.top_k) == (24, 3e-5, 0.3, 8)

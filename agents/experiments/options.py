@@ -178,7 +178,7 @@ def add_reward_options(parser: Parser) -> None:
         "--reward",
         default="ocr",
         metavar="NAME",
-        help=f"one of {', '.join(REWARDS)}, or the address of a reward service (default: %(default)s)",
+        help=f"one of {', '.join(REWARDS)}, or the address of a reward service (default: ocr)",
     )
     parser.rare.add_argument(
         "--reward-kwargs",

@@ -15,7 +15,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from agents.experiments.options import Parser, add_decoding_options, add_model_options
+from agents.experiments.options import Parser, add_decoding_options, add_model_options, clear_errors
+from agents.experiments.output import require_file
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,6 +33,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.columns < 1 or args.delay < 0:
         parser.error(f"--columns must be at least 1 and --delay at least 0, got {args.columns} and {args.delay}")
+    with clear_errors():
+        require_file(args.png, "--png", ".png")
+        require_file(args.gif, "--gif", ".gif")
     return args
 
 

@@ -2,8 +2,8 @@
 
 A run is a `Cell`: an agent, its settings and a seed. Its folder, OUT/LABEL/seedK, holds all that it writes, and when
 result.json there says that it is finished, it is not trained again. One that was interrupted or killed goes on from its
-last checkpoint, exactly, unless its settings are others now. The runs of a plan are trained one after another, or with
-``--ray`` many at a time, see ray_runs.py.
+last checkpoint, exactly. A folder holds one experiment: when settings are others now, defaults included, it is refused,
+see comparable.py. The runs of a plan are trained one after another, or with ``--ray`` many at a time, see ray_runs.py.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ from agents import (
 from agents.callbacks import CheckpointEvery, Interrupt, StopOnSignal
 from agents.common.processes import current
 from agents.evaluation import Evaluation
-from agents.experiments import figures, ray_runs, tables, tuned
-from agents.experiments.agent_options import settings_of
+from agents.experiments import figures, ray_runs, run_file, tables, tuned
+from agents.experiments.agent_options import OF_SCRIPTS, settings_of
 from agents.experiments.callbacks import CurveEval, ImageBar, budget
 from agents.experiments.cells import BASE, Cell, Outcome, Result
+from agents.experiments.comparable import NOT_COMPARED, read, require_same
 from agents.experiments.loading import copy_of, load_policy, make_env
 from agents.experiments.options import (
     INTERRUPTED,
@@ -57,7 +58,6 @@ from agents.policies.base import Policy
 from var_env import VARTextVectorEnv
 
 SCENE_SEED, NOISE_SEED = 0, 0  # of the held-out prompts, and of the sampler when it draws for them
-NOT_COMPARED = ("seconds",)  # settings in which a finished run may differ from what is asked for
 
 
 class Comparison:
@@ -94,6 +94,8 @@ class Comparison:
             "reward": args.reward,
             "reward_kwargs": args.reward_kwargs,
             "prompts_from": args.prompts_from,
+            "judged_on": judged_on,
+            **run_file.fingerprint(self.env.world),
         }
         self.method: dict[str, Any] = args.method
         self.tuned = tuned.load(args.tuned, self.config)
@@ -104,6 +106,7 @@ class Comparison:
             "versions": versions(),
             "models_of_the_reward": self.env.reward.describe(),
         }
+        self.finished(BASE)  # so that another experiment in this folder is refused before anything is written
 
     @functools.cached_property
     def before(self) -> Evaluation:
@@ -124,29 +127,28 @@ class Comparison:
     def finished(self, cell: Cell) -> Result | None:
         """The result of a run that needs no repeating. ``ValueError`` when it was made with other settings."""
         folder = figures.run_folder(self.out, cell.label, cell.seed)
-        result: Result | None = None
-        if (folder / "result.json").is_file():
-            result = json.loads((folder / "result.json").read_text())
-            assert result is not None
-            self.require_same(cell, result["config"], folder)
-        elif (folder / "config.json").is_file():  # begun, and perhaps worth hours
-            self.require_same(cell, json.loads((folder / "config.json").read_text()), folder)
-        return result if result is not None and result["finished"] else None
+        result = read(folder / "result.json", "config", "finished")
+        if result is not None:
+            stopped = result["finished"] and result.get("stopped_at") is not None  # by the cap on its time
+            require_same(self.asked(cell), result["config"], folder, () if stopped else NOT_COMPARED)
+            return result if result["finished"] else None
+        config = read(folder / "config.json")
+        if config is not None:  # begun, and perhaps worth hours
+            require_same(self.asked(cell), config, folder)
+        elif Checkpoints(folder / "checkpoints").paths():
+            raise ValueError(
+                f"{folder} holds checkpoints and no config.json, so that nothing tells their settings: choose another "
+                "--out, or delete that folder"
+            )
+        return None
 
     def asked(self, cell: Cell) -> dict[str, Any]:
-        """All settings of a run, as its files have them."""
-        settings: dict[str, Any] = json.loads(json.dumps(self.config | cell.method))  # tuples become lists
+        """All settings of a run, what was not given included, as its files have them."""
+        default = recipes.options_in(cell.recipe) if cell.recipe else {}
+        known = {name: value for name, value in default.items() if name not in OF_SCRIPTS}
+        everything = known | self.config | cell.method | {"recipe": cell.recipe}
+        settings: dict[str, Any] = json.loads(json.dumps(everything, default=str))  # tuples become lists
         return settings
-
-    def require_same(self, cell: Cell, config: dict[str, Any], folder: Path) -> None:
-        """``ValueError`` naming what differs, unless a run was made, or begun, with the settings of ``cell``."""
-        asked = self.asked(cell)
-        for name in sorted(asked.keys() | config.keys()):
-            if name not in NOT_COMPARED and config.get(name, "unset") != asked.get(name, "unset"):
-                raise ValueError(
-                    f"{folder} holds a run with {name}={config.get(name, 'unset')}, and now it is "
-                    f"{asked.get(name, 'unset')}: choose another --out, or delete that folder"
-                )
 
     def result(self, cell: Cell, policy: Policy, best_of: int = 1, **more: Any) -> Result:
         """Evaluate a policy on the test prompts, save the pictures and the result, and return it."""
@@ -155,7 +157,7 @@ class Comparison:
         result = {
             "agent": cell.label,
             "seed": cell.seed,
-            "config": self.config | cell.method,
+            "config": self.asked(cell),
             "diagnostics": policy.diagnostics(),
             **more,
             **tables.measure(evaluation),
@@ -224,7 +226,7 @@ class Comparison:
         checkpoints.tidy()
         config = folder / "config.json"
         if checkpoints.paths() and config.is_file():
-            self.require_same(cell, json.loads(config.read_text()), folder)
+            require_same(self.asked(cell), json.loads(config.read_text()), folder)
             agent = checkpoints.load(self.env, self.base.device)
             tqdm.write(f"{cell}: goes on after update {agent.n_updates}", file=sys.stderr)
             return agent, agent.images_decoded
@@ -257,6 +259,8 @@ class Comparison:
                 else:
                     tqdm.write(f"{cell}: finished earlier, not trained again", file=sys.stderr)
 
+        if base is None:  # from here on the folder is this experiment's, whatever comes next
+            write_json(figures.run_folder(self.out, BASE.label, BASE.seed) / "config.json", self.asked(BASE))
         failed, written = False, ""
         notice = "finishing this update, then evaluating and writing; once more skips the evaluation"
         with Interrupt(notice) as interrupt:

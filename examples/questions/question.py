@@ -21,7 +21,7 @@ from agents.experiments import figures, tables
 from agents.experiments.agent_options import add_plugin_option
 from agents.experiments.cells import METRICS, Cell, Result
 from agents.experiments.options import INTERRUPTED, Parser, clear_errors, option_of
-from agents.experiments.output import table, write_json, write_text
+from agents.experiments.output import require_folder, table, write_json, write_text
 from agents.experiments.run_options import Preset, add_run_options, finish
 from agents.experiments.runs import Comparison
 from agents.statistics import estimate
@@ -94,6 +94,8 @@ def parse(
             raise ValueError(f"no arm has the option {option_of(min(unused))}: leave it out")
     args.seeds = list(dict.fromkeys(args.seeds or SEEDS[args.preset]))
     args.out = args.out or Path("runs/questions") / f"{name}-{args.preset}"
+    with clear_errors():
+        require_folder(args.out)
     return args
 
 
