@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
-from var_env.scenes import CELL_HEIGHT, MAX_PROMPT_BYTES, World, encode_prompt
+from var_env.scenes import CELL_HEIGHT, LATTICE, MAX_PROMPT_BYTES, World, encode_prompt
 from var_env.tokenizers import load_tokenizer
 from var_env.tokenizers.base import VisualTokenizer
 from var_env.weights import load_config_and_weights, load_weights, save_module
@@ -240,9 +240,9 @@ class VARTextPolicy(Policy):
         return dict(zip(names, self.temperatures(), strict=True))
 
     def trained_on(self) -> World | None:
-        """The rendered world of its images' size; ``None`` for images too small for it."""
+        """The rendered world of its images' size; ``None`` where there is none of that size."""
         size = self.tokenizer.image_size
-        return World(size) if size >= 2 * CELL_HEIGHT else None
+        return World(size) if size >= 2 * CELL_HEIGHT and size % LATTICE == 0 else None
 
     def _scale_bias(self, tokens: int) -> Tensor:
         """0 where a token may look and -inf where not, `(tokens, tokens)`."""
