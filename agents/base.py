@@ -51,7 +51,8 @@ class Agent(Trainable):
     """An agent that learns on ``VARText-v0`` by sampling groups of pictures.
 
     Args:
-        policy: trained in place. "base" is the shipped policy; a path loads a file of its ``save``.
+        policy: trained in place. "base" is the shipped policy, see ``policies.SHIPPED`` for more; a path loads a file of
+            its ``save``.
         env: an id, a single environment or a batched one, or ``None`` to only predict.
 
     Each option stands in the constructor beside its type and default, with what it does; so it does in subclasses.
@@ -123,7 +124,7 @@ class Agent(Trainable):
     ) -> None:
         seed = None if seed is None else as_seed(seed)
         if not isinstance(policy, Policy):
-            policy = load_policy(None if policy == "base" else policy)
+            policy = load_policy(policy)
         super().__init__(
             type(policy),  # type: ignore[arg-type]
             None,  # SB3 would wrap the environment

@@ -75,7 +75,7 @@ class VARActorCriticPolicy(ActorCriticPolicy):
         require_choice(RATIOS, ratio=ratio)
         super().__init__(observation_space, action_space, lr_schedule, **sb3)
         if not isinstance(policy, Policy):
-            policy = load_policy(None if policy == "base" else policy)
+            policy = load_policy(policy)
         expected = flat_action_space(mdp.action_space(policy.tokenizer))
         if action_space != expected:
             raise ValueError(

@@ -29,7 +29,7 @@ def load_policy(args: argparse.Namespace) -> Policy:
             raise FileNotFoundError(f"no agent at {args.policy}: `vartext train` makes one")
         policy: Policy = load(args.policy, device=device).best_policy
     else:
-        policy = policies.load_policy(args.policy, load_tokenizer(args.tokenizer))
+        policy = policies.load_policy(args.policy, None if args.tokenizer is None else load_tokenizer(args.tokenizer))
     policy.tokenizer.to(device)
     return policy.to(device).eval()
 

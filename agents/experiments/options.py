@@ -110,8 +110,9 @@ def add_model_options(parser: Parser) -> None:
     parser.add_argument(
         "--policy",
         type=Path,
-        metavar="PATH",
-        help="the policy: a .safetensors file, or an agent's .zip (default: the shipped base policy)",
+        metavar="PATH_OR_NAME",
+        help="the policy: a .safetensors file, an agent's .zip, or a shipped one: base, plain (without planted faults), "
+        "raster, raster_plain (default: base)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.rare.add_argument(

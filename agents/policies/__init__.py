@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,20 @@ POLICIES = {  # class name to module; the first is what a file without a name ho
     "InfinityPolicy": "agents.policies.infinity",
     "TablePolicy": "agents.policies.table",
 }
+SHIPPED = {  # name to the tokenizer's file in var_env/assets; agents/policies/assets/README.md has their cards
+    "base": "tokenizer.safetensors",  # with planted faults, see docs/faults.md
+    "plain": "tokenizer.safetensors",  # without
+    "raster": "raster_tokenizer.safetensors",  # with planted faults, token by token
+    "raster_plain": "raster_tokenizer.safetensors",
+}
 
 
 def load_policy(path: str | Path | None = None, tokenizer: VisualTokenizer | None = None) -> Policy:
-    """The policy in a file that some policy's ``save`` wrote, whatever its class; without a path, the shipped one.
+    """The policy in a file that some policy's ``save`` wrote, whatever its class.
 
     Args:
+        path: of the file; or the name of a shipped policy, one of `SHIPPED`, which brings its tokenizer; ``None`` is
+            "base".
         tokenizer: what it was trained on; the shipped tokenizer by default.
 
     Raises:
@@ -35,8 +44,14 @@ def load_policy(path: str | Path | None = None, tokenizer: VisualTokenizer | Non
     from var_env.tokenizers import load_tokenizer
     from var_env.weights import check_form, saved_class
 
-    if path is None:
-        return VARTextPolicy.load(None, tokenizer)
+    name = "base" if path is None else str(path)
+    if name in SHIPPED and not Path(name).is_file():
+        if tokenizer is None:
+            with resources.as_file(resources.files("var_env") / "assets" / SHIPPED[name]) as file:
+                tokenizer = load_tokenizer(file)
+        with resources.as_file(resources.files("agents.policies") / "assets" / f"{name}.safetensors") as file:
+            return VARTextPolicy.load(file, tokenizer)
+    assert path is not None
     policy = saved_class(path, Policy, POLICIES, MAKER)
     check_form(path, tokenizer or load_tokenizer(), MAKER)
     return policy.load(path, tokenizer)
