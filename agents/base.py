@@ -11,7 +11,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -26,9 +26,9 @@ from agents.common import processes
 from agents.common.checks import require_at_least, require_groups
 from agents.policies import load_policy
 from agents.policies.base import Policy
-from agents.policies.lora import add_lora
+from agents.policies.lora import add_lora, lora_options
 from agents.progress import SampleProgressBar
-from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs
+from agents.rollout import Forks, Rollout, act, collect, collect_in_parts, make_envs, prompts_of
 from agents.sampling import Decoding, SharedNoise
 from agents.step_locals import step_locals
 from agents.trainable import Trainable
@@ -37,6 +37,7 @@ from rewards.serving.pool import RewardPool
 from var_env.sb3 import VARTextVecEnv
 from var_env.seeding import as_seed
 from var_env.tokenizers.base import VisualTokenizer
+from var_env.unfamiliar import warn_of_prompt
 from var_env.vector import VARTextVectorEnv
 
 AgentT = TypeVar("AgentT", bound="Agent")
@@ -52,26 +53,8 @@ class Agent(Trainable):
     Args:
         policy: trained in place. "base" is the shipped policy; a path loads a file of its ``save``.
         env: an id, a single environment or a batched one, or ``None`` to only predict.
-        group_size: G, pictures for each prompt; at least ``min_group_size``.
-        prompts_per_update: P, of all processes together. The prompts of update u depend on the seed and on u alone,
-            whatever the agent and the processes.
-        learning_rate: AdamW's, a number or a function of the remaining progress, 1 to 0, such as those of
-            ``agents/common/schedules.py``.
-        max_grad_norm: the gradient is scaled down to this norm.
-        max_skipped: so many optimiser steps in a row may be skipped since their loss or gradient is not finite, before
-            training ends with an error; 0 ends it at once. A run that goes on from a checkpoint meets the same numbers
-            again, so without this one bad batch would be its end.
-        ema_decay: keeps an exponential moving average of the weights, ``ema = decay ema + (1 - decay) policy`` after
-            every optimiser step, which is then what is evaluated. ``None``: without.
-        lora: options of ``policies.lora.add_lora``, such as ``{"r": 8}``: trains low-rank adapters and leaves the
-            weights as they are. Needs the extra "lora". ``None``: trains all weights, or the adapters that the policy
-            has already.
-        overlap: parts in which a rollout is drawn, so that a `RewardPool` scores one while the next is drawn; 1 is in
-            one piece, and needs no pool. With a pool, `while_scored` fills the wait after the last part.
-        decoding: how training samples are drawn.
-        image_interval: updates between two pictures of samples in TensorBoard; 0 for none.
-        seed: 0 to 2**64 - 1; ``None`` draws one.
-        tensorboard_log, device, verbose: as in Stable-Baselines3.
+
+    Each option stands in the constructor beside its type and default, with what it does; so it does in subclasses.
 
     Attributes:
         min_group_size: of the class: 2 where an algorithm compares the images of a prompt with each other.
@@ -93,20 +76,49 @@ class Agent(Trainable):
         policy: Policy | str | Path,
         env: str | gym.Env | gym.vector.VectorEnv | None,
         *,
-        group_size: int = 8,
-        prompts_per_update: int = 8,
-        learning_rate: float | Schedule = 5e-5,
-        max_grad_norm: float = 1.0,
-        max_skipped: int = 3,
-        ema_decay: float | None = None,
-        lora: Mapping[str, Any] | None = None,
-        overlap: int = 1,
-        decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
-        image_interval: int = 10,
-        seed: int | None = None,
-        tensorboard_log: str | None = None,
-        device: torch.device | str = "auto",
-        verbose: int = 0,
+        group_size: Annotated[int, "G, pictures for each prompt; at least ``min_group_size``."] = 8,
+        prompts_per_update: Annotated[
+            int,
+            "P, of all processes together. The prompts of update u depend on the seed and on u alone, whatever "
+            "the agent and the processes.",
+        ] = 8,
+        learning_rate: Annotated[
+            float | Schedule,
+            "AdamW's, a number or a function of the remaining progress, 1 to 0, such as those of "
+            "``agents/common/schedules.py``.",
+        ] = 5e-5,
+        max_grad_norm: Annotated[float, "the gradient is scaled down to this norm."] = 1.0,
+        max_skipped: Annotated[
+            int,
+            "so many optimiser steps in a row may be skipped since their loss or gradient is not finite, before "
+            "training ends with an error; 0 ends it at once. A run that goes on from a checkpoint meets the "
+            "same numbers again, so without this one bad batch would be its end.",
+        ] = 3,
+        ema_decay: Annotated[
+            float | None,
+            "keeps an exponential moving average of the weights, ``ema = decay ema + (1 - decay) policy`` after "
+            "every optimiser step, which is then what is evaluated. ``None``: without.",
+        ] = None,
+        lora: Annotated[
+            Mapping[str, Any] | None,
+            'options of ``policies.lora.add_lora``, such as ``{"r": 8}``: trains low-rank adapters and leaves '
+            'the weights as they are. Needs the extra "lora". ``None``: trains all weights, or the adapters '
+            "that the policy has already.",
+        ] = None,
+        overlap: Annotated[
+            int,
+            "parts in which a rollout is drawn, so that a `RewardPool` scores one while the next is drawn; 1 is "
+            "in one piece, and needs no pool. With a pool, `while_scored` fills the wait after the last part.",
+        ] = 1,
+        decoding: Annotated[Decoding, "how training samples are drawn."] = Decoding(),  # noqa: B008 (frozen)
+        image_interval: Annotated[
+            int,
+            "updates between two pictures of samples in TensorBoard; 0 for none.",
+        ] = 10,
+        seed: Annotated[int | None, "0 to 2**64 - 1; ``None`` draws one."] = None,
+        tensorboard_log: Annotated[str | None, "as in Stable-Baselines3."] = None,
+        device: Annotated[torch.device | str, "as in Stable-Baselines3."] = "auto",
+        verbose: Annotated[int, "as in Stable-Baselines3."] = 0,
         _init_setup_model: bool = True,
     ) -> None:
         seed = None if seed is None else as_seed(seed)
@@ -133,7 +145,7 @@ class Agent(Trainable):
         self.policy = policy if self.processes.shards else policy.to(self.device)
         self.policy.tokenizer.to(self.device)
         if lora is not None and _init_setup_model:  # one from a checkpoint has its adapters
-            add_lora(self.policy, seed=seed or 0, **lora)
+            add_lora(self.policy, **{"seed": seed or 0, **lora_options(lora)})
         self.reference: Policy | None = None
         self.ema: Policy | None = None
         self.max_grad_norm, self.max_skipped, self.ema_decay = max_grad_norm, max_skipped, ema_decay
@@ -156,7 +168,10 @@ class Agent(Trainable):
         self.set_random_seed(self.seed)
 
     def set_random_seed(self, seed: int | None = None) -> None:
-        """Seed the sampler, the prompts to come, and Python's, numpy's and torch's own generators."""
+        """Seed the sampler, the prompts to come, and Python's, numpy's and torch's own generators.
+
+        ``ValueError`` for a seed outside of 0 to 2**64 - 1.
+        """
         if seed is None:
             drawn = int(np.random.SeedSequence().generate_state(1)[0])  # saved, so that a resumed run goes on
             self.seed = self.processes.broadcast(drawn)
@@ -361,7 +376,7 @@ class Agent(Trainable):
                 raise StopLearning
 
     def dump_logs(self, iteration: int = 0) -> None:
-        """Write what was recorded, with the budget spent so far, at step ``num_timesteps``."""
+        """Write what was recorded, with the budget spent so far, at step ``images_decoded``, an axis for all agents."""
         elapsed = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
         values = {
             "budget/images": self.images_decoded,
@@ -379,7 +394,7 @@ class Agent(Trainable):
             values["train/skipped_steps"] = self.skipped_steps
         for name, value in values.items():
             self.logger.record(name, value)
-        self.logger.dump(self.num_timesteps)
+        self.logger.dump(self.images_decoded)
 
     # Acting ----------------------------------------------------------------------------------------------------------
 
@@ -393,10 +408,19 @@ class Agent(Trainable):
         """The next grid on the canvas, ``(H, W)`` for one observation and ``(N, H, W)`` for a batch.
 
         Decodes as in training, or takes the likeliest codes. Draws from torch's global generator, so predicting does
-        not change a training run. Nothing is remembered between calls, and ``state`` comes back as it is.
+        not change a training run. Nothing is remembered between calls, and ``state`` comes back as it is. A prompt
+        unlike those of the world is warned of once, see ``var_env/unfamiliar.py``.
         """
+        self._warn_of_prompts(observation)
         decoding = Decoding(temperature=0.0, guidance=self.decoding.guidance) if deterministic else self.decoding
         return act(self.policy, observation, decoding), state
+
+    def _warn_of_prompts(self, observation: Mapping[str, Any]) -> None:
+        """Warn of prompts unlike those of the world that the agent learns in, or else the policy's, once each."""
+        world = self.policy.trained_on() if self.env is None else self.env.world
+        if world is not None:
+            for prompt in prompts_of(observation, scale=0):
+                warn_of_prompt(prompt, world)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from stable_baselines3.common.type_aliases import MaybeCallback
 
@@ -24,12 +24,13 @@ class BestOfN(GRPO):
 
     Args:
         policy, env: and more keywords, as in `GRPO`.
-        n: pictures to choose from.
     """
 
     min_group_size = 1
 
-    def __init__(self, policy: Any, env: Any, *, n: int = 8, **grpo: Any) -> None:
+    def __init__(
+        self, policy: Any, env: Any, *, n: Annotated[int, "pictures to choose from."] = 8, **grpo: Any
+    ) -> None:
         require_at_least(1, n=n)
         super().__init__(policy, env, **grpo)
         self.n = n

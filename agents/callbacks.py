@@ -95,12 +95,17 @@ class HeldOutEval(AgentCallback):
 
     def _on_rollout_start(self) -> None:
         if self.model.n_updates % self.every == 0 and not self.is_up_to_date:  # resampling starts several rollouts
-            self.evaluate()
+            self.evaluate_and_log()
 
     def _on_training_end(self) -> None:
         if not self.is_up_to_date:
-            self.evaluate()
-            self.logger.dump(self.model.num_timesteps)
+            self.evaluate_and_log()
+
+    def evaluate_and_log(self) -> None:
+        """Evaluate, and write what was found at the images decoded so far, where a curve shows it."""
+        self.evaluate()
+        self.logger.record("eval/images", self.model.images_decoded)
+        self.logger.dump(self.model.images_decoded)
 
     @property
     def is_up_to_date(self) -> bool:
@@ -117,7 +122,7 @@ class HeldOutEval(AgentCallback):
             agent.best_policy, agent.env, self.scenes, decoding, self.seed, self.batch_size, agent.best_of
         )
         self.history.append((agent.n_updates, result))
-        for name, value in result.means().items():
+        for name, value in (result.means() | result.shares()).items():
             self.logger.record(f"eval/{name}", value)
 
 

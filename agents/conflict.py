@@ -23,7 +23,8 @@ of the shipped policy make up most of it) and draw every cosine towards 0.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,11 +36,9 @@ from agents.callbacks import AgentCallback
 from agents.common.checks import require_at_least
 from agents.grpo import GRPO, TokenWeights
 from agents.rollout import Rollout, collect, resized
+from agents.wrapper import Wrapper
 from var_env.schedule import ScaleSchedule
 from var_env.seeding import as_seed
-
-if TYPE_CHECKING:
-    from agents.wrapper import Wrapper
 
 
 class Conflict(NamedTuple):
@@ -95,8 +94,9 @@ def scale_gradients(
         first, last = (schedule.slices[t] for t in (here[0], here[-1]))
         tokens = slice(*(end - schedule.slices[steps.start].start for end in (first.start, last.stop)))
         share = TokenWeights(*(part[:, tokens] for part in weights))
+        bare = replace(rollout, old_logp=None, ref_logp=None)  # which are of all steps
         for micro in rows.split(core.micro_batch or batch):
-            loss, _ = core.loss(rollout, micro, advantages[micro, tokens], share.rows(micro), None, here)
+            loss, _ = core.loss(bare, micro, advantages[micro, tokens], share.rows(micro), None, here)
             parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
             gradients[i] += torch.cat([part.flatten() for part in parts])
     return gradients
@@ -199,7 +199,7 @@ class ConflictProbe(AgentCallback):
     def _on_training_end(self) -> None:
         if not self.is_up_to_date:
             self.measure()
-            self.logger.dump(self.model.num_timesteps)
+            self.logger.dump(self.model.images_decoded)
 
     @property
     def is_up_to_date(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from agents.beside import applicable_shares, measure_beside
 from agents.common.checks import require_at_least
 from agents.inner_env import inner_env
 from agents.policies.base import Policy
@@ -16,7 +17,8 @@ from agents.rollout import collect, resized
 from agents.sampling import Decoding
 from rewards import OCRReward
 from rewards.text_metrics import normalized_edit_distance, word_accuracy
-from var_env.scenes import Scene, World
+from var_env.attributes import Record
+from var_env.scenes import Scene, World, drawn
 from var_env.seeding import as_seed
 from var_env.vector import VARTextVectorEnv
 
@@ -25,7 +27,7 @@ from var_env.vector import VARTextVectorEnv
 class Evaluation:
     """One picture for each of N prompts; every array is ``(N,)``, in the prompts' order.
 
-    Words are those that the reward read, or PP-OCR where the reward reads none.
+    Words are those that the reward read; where the reward does not read, those that PP-OCR did.
     """
 
     scenes: list[Scene]
@@ -36,6 +38,7 @@ class Evaluation:
     parts: dict[str, np.ndarray]  # the reward's parts, NaN where one is not applicable
     words_read: list[list[str]]
     images: np.ndarray  # (N, S, S, 3) uint8
+    beside: Record  # what no reward sees, see `attributes`; nothing for scenes that are no `Scene`
 
     def means(self) -> dict[str, float]:
         """The headline numbers."""
@@ -47,13 +50,19 @@ class Evaluation:
         }
         return {name: float(values.mean()) for name, values in arrays.items()}
 
+    def shares(self) -> dict[str, float]:
+        """What was measured beside the reward, where it is applicable, one number each."""
+        return applicable_shares(self.beside)
+
 
 def held_out_scenes(world: World, count: int, seed: int = 0, split: str = "test") -> list[Scene]:
     """``count`` scenes like ``world``'s but of another split; the first ones are the same whatever the count.
 
-    A world of prompt files gives each of its prompts once, and all when there are fewer than ``count``.
+    A world of prompt files gives each of its prompts once, and all when there are fewer than ``count``. An object of
+    one's own that has no ``held_out`` knows no splits: these are scenes of its ``sample``, drawn from the seed.
     """
-    return world.held_out(count, seed, split)
+    seed, held_out = as_seed(seed), getattr(world, "held_out", None)
+    return drawn(world, count, seed) if held_out is None else held_out(count, seed, split)
 
 
 def evaluate(
@@ -76,11 +85,12 @@ def evaluate(
             All that is returned is of the picture kept, so that word accuracy and NED tell what the choice is worth.
     """
     require_at_least(1, batch_size=batch_size, best_of=best_of)
+    seed = as_seed(seed)
     base = VARTextVectorEnv(1, **env) if isinstance(env, Mapping) else inner_env(env)
     scenes = held_out_scenes(base.world, prompts, seed) if isinstance(prompts, int) else list(prompts)
     if not scenes:
         raise ValueError("evaluate needs at least one prompt")
-    generator = torch.Generator(policy.device).manual_seed(as_seed(seed))
+    generator = torch.Generator(policy.device).manual_seed(seed)
     training = policy.training
     policy.eval()
     rollouts = []
@@ -93,7 +103,7 @@ def evaluate(
     policy.train(training)
     images = np.concatenate([rollout.images for rollout in rollouts])
     words_read = [words for rollout in rollouts for words in rollout.words_read]
-    if not any(words_read):  # a reward that does not read, as far as one can tell: word accuracy and NED need a reader
+    if not all(rollout.reads for rollout in rollouts):  # word accuracy and NED need a reader
         words_read = OCRReward()(images, scenes).words
     pairs = [(scene.words, read) for scene, read in zip(scenes, words_read, strict=True)]
     return Evaluation(
@@ -105,6 +115,7 @@ def evaluate(
         parts={name: np.concatenate([rollout.parts[name] for rollout in rollouts]) for name in rollouts[0].parts},
         words_read=words_read,
         images=images,
+        beside=measure_beside(images, scenes, words_read),
     )
 
 

@@ -8,88 +8,46 @@ An iteration, in this file's order:
 4. `token_advantages` and `token_weights`: what this means for each token, and how much the token counts;
 5. `update`: clipped policy gradient on every token, held near a frozen reference by a KL penalty.
 
-Other algorithms replace some of these methods, and wrappers change what 2 and 4 return.
+Other algorithms replace some of these methods, and wrappers change what 2 and 4 return (`Hooks`). What the
+policy and the reference say of a rollout is in ``log_probs.py``, and the formulas are in ``losses.py``.
 
-Old, new and reference log-probabilities come from one function, teacher-forced, conditional and untruncated, never
-from the sampler, whose distribution is another one under guidance or truncation.
+What is counted by what:
+
+- *row*, 0 to B - 1: a sample of this process's rollout; row ``p * G + g`` is sample g of prompt p;
+- *global row*: a row among those of all processes, the first process's first. Minibatches are drawn from these, so that
+  they do not depend on the number of processes;
+- *place*: where in a minibatch a row stands. The weights of a minibatch are divided over all of its places;
+- *token*, 0 to n - 1: a column, over the tokens of the grids in ``steps``.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from agents import logs, losses
-from agents.base import Agent, StopLearning, frozen_copy
-from agents.common.checks import require_at_least, require_choice
+from agents.common.checks import require_above, require_at_least, require_choice
 from agents.common.registry import register
-from agents.losses import Predicted
-from agents.policies.base import Policy
-from agents.rollout import Rollout
+from agents.dynamic_sampling import sample_useful
+from agents.hooks import Hooks
+from agents.log_probs import LogProbs
+from agents.losses import TokenWeights
+from agents.rollout import Rollout, weights_version
 
-if TYPE_CHECKING:
-    from agents.wrapper import Wrapper
-
-KL_PLACES = ("loss", "reward")
 DYNAMIC_SAMPLING = ("keep", "drop", "resample")
 
 
-class TokenWeights(NamedTuple):
-    """How much each token counts in the terms of an update, each ``(B, n)``, n the tokens of its steps."""
-
-    policy: Tensor
-    kl: Tensor
-    entropy: Tensor  # of the entropy bonus
-
-    def rows(self, index: Tensor) -> TokenWeights:
-        """Those of some rows."""
-        return TokenWeights(*(part[index] for part in self))
-
-
 @register("grpo")
-class GRPO(Agent):
+class GRPO(LogProbs):
     """Group relative policy optimisation: a reward against those of its group, for all tokens.
 
     Args:
-        policy, env: and more keywords, as in `Agent`.
-        clip_range: the ratio may move the loss within ``1 +- clip_range``.
-        clip_range_high: the upper end is ``1 + clip_range_high``; DAPO's clip-higher. ``None``: the same.
-        dual_clip: c, above 1: bounds the loss of a negative advantage, see ``losses.clipped_loss``. ``None``: without.
-        kl_coef: weight of the KL to the reference, the policy as it was given; 0 is without.
-        kl: "k1", "k2", "k3" or "full", see ``losses.KL_ESTIMATES`` and ``losses.full_kl``.
-        kl_in: "loss" adds the KL of each token to the loss; "reward" takes the sum over a row's tokens off its score,
-            before advantages are made, as RLHF does; "k1" is the usual estimate there.
-        entropy_coef: weight of the entropy bonus, the policy's entropy at each token in the loss.
-        ratio_level: a name in ``losses.RATIO_LEVELS``: "token", "grid" (GMPO) or "sequence" (GSPO).
-        aggregation: a name in ``losses.AGGREGATIONS``, what the loss is a mean of: "constant" (Dr. GRPO's),
-            "token_mean" (DAPO's), "sequence_mean" (GRPO's) or "step_mean". All rows have the same tokens, so the first
-            three differ only where a mask takes tokens away.
-        advantage_scale: a name in ``losses.ADVANTAGE_SCALES``: "group", "batch" or "none" (Dr. GRPO).
-        advantage_eps: added to the standard deviation.
-        dynamic_sampling: what becomes of groups whose rewards are all equal, which teach nothing. "keep" them under
-            their KL term; "drop" them; "resample" other prompts until the batch is full (DAPO, section 3.2).
-        max_batches: "resample" draws at most so many batches an update. Their pictures all count as budget.
-        support: "model" learns with the model's own log-probabilities; "sampler" renormalises them on the codes that a
-            truncated sampler could draw, frozen at sampling. Pushing down truncated samples otherwise leaks
-            probability to codes that are never shown, so truncated training needs this or a strong KL.
-        epochs: passes over a rollout.
-        minibatches: optimiser steps an epoch.
-        micro_batch: rows in one forward and backward, to fit the memory (gradient accumulation); leaves the update
-            unchanged.
-        logit_chunk: tokens of a picture whose logits exist at a time; leaves the update unchanged, but for rounding.
-            For large vocabularies; not with ``kl="full"`` and ``support="sampler"``. ``None``: all.
-        recompute: gradient checkpointing: the backward pass computes the policy's layers again. Leaves the update
-            unchanged, and takes up to a third longer.
-        target_kl: an update ends before an optimiser step at which the policy's KL from the one that sampled, estimated
-            on the minibatch, is above 1.5 times this (as in Stable-Baselines3). ``None``: never.
-        refresh_reference: updates after which the reference becomes the policy as it then is; 0 for never.
+        policy, env: and more keywords, as in `LogProbs` and `Agent`.
     """
 
     min_group_size = 2
@@ -99,89 +57,83 @@ class GRPO(Agent):
         policy: Any,
         env: Any,
         *,
-        clip_range: float = 0.2,
-        clip_range_high: float | None = None,
-        dual_clip: float | None = None,
-        kl_coef: float = 0.02,
-        kl: str = "k3",
-        kl_in: str = "loss",
-        entropy_coef: float = 0.0,
-        ratio_level: str = "token",
-        aggregation: str = "constant",
-        advantage_scale: str = "group",
-        advantage_eps: float = 1e-4,
-        dynamic_sampling: str = "keep",
-        max_batches: int = 4,
-        support: str = "model",
-        epochs: int = 1,
-        minibatches: int = 1,
-        micro_batch: int | None = None,
-        logit_chunk: int | None = None,
-        recompute: bool = False,
-        target_kl: float | None = None,
-        refresh_reference: int = 0,
+        clip_range: Annotated[float, "the ratio may move the loss within ``1 +- clip_range``."] = 0.2,
+        clip_range_high: Annotated[
+            float | None,
+            "the upper end is ``1 + clip_range_high``; DAPO's clip-higher. ``None``: the same.",
+        ] = None,
+        dual_clip: Annotated[
+            float | None,
+            "c, above 1: bounds the loss of a negative advantage, see ``losses.clipped_loss``. ``None``: without.",
+        ] = None,
+        entropy_coef: Annotated[
+            float,
+            "weight of the entropy bonus, the policy's entropy at each token in the loss.",
+        ] = 0.0,
+        ratio_level: Annotated[
+            str,
+            'a name in ``losses.RATIO_LEVELS``: "token", "grid" (GMPO) or "sequence" (GSPO).',
+        ] = "token",
+        aggregation: Annotated[
+            str,
+            'a name in ``losses.AGGREGATIONS``, what the loss is a mean of: "constant" (Dr. GRPO\'s), '
+            '"token_mean" (DAPO\'s), "sequence_mean" (GRPO\'s) or "step_mean". All rows have the same tokens, so '
+            "the first three differ only where a mask takes tokens away.",
+        ] = "constant",
+        advantage_scale: Annotated[
+            str,
+            'a name in ``losses.ADVANTAGE_SCALES``: "group", "batch" or "none" (Dr. GRPO).',
+        ] = "group",
+        advantage_eps: Annotated[float, "added to the standard deviation."] = 1e-4,
+        dynamic_sampling: Annotated[
+            str,
+            'what becomes of groups whose rewards are all equal, which teach nothing. "keep" them under their '
+            'KL term; "drop" them; "resample" other prompts until the batch is full (DAPO, section 3.2).',
+        ] = "keep",
+        max_batches: Annotated[
+            int,
+            '"resample" draws at most so many batches an update. Their pictures all count as budget.',
+        ] = 4,
+        epochs: Annotated[int, "passes over a rollout."] = 1,
+        minibatches: Annotated[int, "optimiser steps an epoch."] = 1,
+        target_kl: Annotated[
+            float | None,
+            "an update ends before an optimiser step at which the policy's KL from the one that sampled, "
+            "estimated on the minibatch, is above 1.5 times this (as in Stable-Baselines3). ``None``: never.",
+        ] = None,
+        refresh_reference: Annotated[
+            int,
+            "updates after which the reference becomes the policy as it then is; 0 for never.",
+        ] = 0,
         **common: Any,
     ) -> None:
-        require_choice((*losses.KL_ESTIMATES, "full"), kl=kl)
-        require_choice(KL_PLACES, kl_in=kl_in)
         require_choice(losses.RATIO_LEVELS, ratio_level=ratio_level)
         require_choice(losses.AGGREGATIONS, aggregation=aggregation)
         require_choice(losses.ADVANTAGE_SCALES, advantage_scale=advantage_scale)
         require_choice(DYNAMIC_SAMPLING, dynamic_sampling=dynamic_sampling)
-        require_choice(("model", "sampler"), support=support)
-        require_at_least(
-            1, epochs=epochs, minibatches=minibatches, micro_batch=1 if micro_batch is None else micro_batch
-        )
-        require_at_least(1, max_batches=max_batches, logit_chunk=1 if logit_chunk is None else logit_chunk)
+        require_at_least(1, epochs=epochs, minibatches=minibatches, max_batches=max_batches)
         require_at_least(0, refresh_reference=refresh_reference)
-        for name, number, least in (
-            ("clip_range", clip_range, 0.0),
-            ("clip_range_high", clip_range_high, 0.0),
-            ("dual_clip", dual_clip, 1.0),
-            ("target_kl", target_kl, 0.0),
-        ):
-            if number is not None and not number > least:
-                raise ValueError(f"{name} must be above {least:g}, got {number}")
-        if not kl_coef >= 0 or not entropy_coef >= 0:
-            raise ValueError(f"kl_coef and entropy_coef must be at least 0, got {kl_coef} and {entropy_coef}")
-        if logit_chunk is not None and (kl == "full" or support == "sampler"):
-            other = "kl='full'" if kl == "full" else "support='sampler'"
-            raise ValueError(f"{other} needs all log-probabilities at once: leave out logit_chunk={logit_chunk}")
+        require_above(0.0, clip_range=clip_range, clip_range_high=clip_range_high, target_kl=target_kl)
+        require_above(1.0, dual_clip=dual_clip)
+        if not entropy_coef >= 0:
+            raise ValueError(f"entropy_coef must be at least 0, got {entropy_coef}")
         self.clip_range, self.clip_range_high, self.dual_clip = clip_range, clip_range_high, dual_clip
-        self.kl_coef, self.kl, self.kl_in, self.entropy_coef = kl_coef, kl, kl_in, entropy_coef
-        self.ratio_level, self.aggregation = ratio_level, aggregation
+        self.entropy_coef, self.ratio_level, self.aggregation = entropy_coef, ratio_level, aggregation
         self.advantage_scale, self.advantage_eps = advantage_scale, advantage_eps
-        self.dynamic_sampling, self.max_batches, self.support = dynamic_sampling, max_batches, support
-        self.epochs, self.minibatches, self.micro_batch = epochs, minibatches, micro_batch
-        self.logit_chunk, self.recompute = logit_chunk, recompute
+        self.dynamic_sampling, self.max_batches = dynamic_sampling, max_batches
+        self.epochs, self.minibatches = epochs, minibatches
         self.target_kl, self.refresh_reference = target_kl, refresh_reference
-        self.outermost: GRPO | Wrapper = self
+        self.outermost: Hooks = self
         super().__init__(policy, env, **common)
 
     @property
-    def wrappers(self) -> list[Wrapper]:
-        found, agent = [], self.outermost
-        while not isinstance(agent, GRPO):
-            found.append(agent)
+    def wrappers(self) -> list[Any]:
+        found: list[Any] = []
+        agent: Any = self.outermost
+        while agent is not self:
+            found.insert(0, agent)
             agent = agent.agent
-        return found[::-1]
-
-    def _setup_model(self) -> None:
-        if self.recompute:
-            self.policy.recompute_activations()
-        super()._setup_model()
-        if self.kl_coef:
-            self.require_reference()
-
-    def require_reference(self) -> Policy:
-        """The frozen reference policy, made from the policy as it is if there is none yet."""
-        if self.reference is None:
-            self.reference = frozen_copy(self.policy)
-        return self.reference
-
-    @property
-    def keeps_support(self) -> bool:
-        return self.support == "sampler"
+        return found
 
     # 1. Sampling -----------------------------------------------------------------------------------------------------
 
@@ -190,55 +142,38 @@ class GRPO(Agent):
 
     def sample(self) -> Rollout:
         """New prompts, their pictures and scores; with ``dynamic_sampling``, only groups whose rewards differ."""
-        rollout = super().sample()
         if self.dynamic_sampling == "keep":
-            return rollout
-        batches, wanted = 1, len(rollout.scores)
-        kept = [rollout.groups(self.policy, ~losses.zero_variance(rollout.scores))]
-        while self.dynamic_sampling == "resample" and not self._stop and batches < self.max_batches:
-            if not self.processes.any(sum(len(part.scores) for part in kept) < wanted):
-                break
-            try:
-                more = super().sample()
-            except StopLearning:  # a callback wants no more: learn from what there is
-                break
-            batches += 1
-            kept.append(more.groups(self.policy, ~losses.zero_variance(more.scores)))
-        useful = Rollout.concatenate(self.policy, kept)
-        self.logger.record("rollout/batches", batches)
-        self.logger.record("rollout/groups_kept", len(useful.scores))
-        if len(useful.scores) == 0:
-            return rollout  # nothing to learn but the KL
-        return useful.groups(self.policy, torch.arange(len(useful.scores)) < wanted)
+            return super().sample()
+        return sample_useful(self, super().sample, self.max_batches if self.dynamic_sampling == "resample" else 1)
 
     def while_scored(self, rollout: Rollout) -> Rollout:
-        return self.look_ahead(rollout, range(len(self.policy.schedule)))
+        return self.fill(rollout, range(len(self.policy.schedule)))
 
-    @torch.no_grad()
-    def look_ahead(self, rollout: Rollout, steps: range) -> Rollout:
-        """The rollout with the log-probabilities without gradient that an update of ``steps`` asks for, see `logp`."""
-        kl = bool(self.kl_coef) and self.kl != "full"
-        asked = [self.reference] if kl and self.reference is not None else []
-        if not self.one_step or (kl and self.kl_in == "reward"):
-            asked.append(self.policy)
-        for policy in asked:
-            if rollout.known("logp", policy, steps) is None:
-                logp = self.in_micro_batches(partial(self.logp, policy, rollout, steps=steps), rollout)  # (B, n)
-                rollout = rollout.with_ahead("logp", policy, steps, logp)
-        return rollout
+    def fill(self, rollout: Rollout, steps: range) -> Rollout:
+        """The rollout with what its update of ``steps`` asks of the policies as they are, and no score changes:
+        ``ref_logp`` for an estimate of the KL; ``old_logp`` for that of the samples, or for ratios of several steps."""
+        rollout.require_current(self.policy, steps)
+        found: dict[str, Any] = {}
+        estimated = bool(self.kl_coef) and self.kl != "full"
+        if estimated and rollout.ref_logp is None and self.reference is not None:
+            found["ref_logp"] = self.all_log_probs(self.reference, rollout, steps)
+        if rollout.old_logp is None and (not self.one_step or (estimated and self.kl_in == "reward")):
+            found["old_logp"] = self.old_log_probs(rollout, steps)
+        return replace(rollout, **found, version=weights_version(self.policy)) if found else rollout
 
     # 2 to 4. From rewards to tokens ----------------------------------------------------------------------------------
 
     def learn_from(self, rollout: Rollout, steps: range) -> None:
         """One update of the grids in ``steps`` from a rollout, wrappers included."""
-        start = time.perf_counter()
-        rollout = self.judge(rollout, steps)
-        advantages = self.outermost.token_advantages(rollout, steps)
-        self.seconds += time.perf_counter() - start
+        with self.timed("judge"):
+            rollout = self.judge(rollout, steps)
+            advantages = self.outermost.token_advantages(rollout, steps)
         self.update(rollout, advantages, steps)
 
     def judge(self, rollout: Rollout, steps: range) -> Rollout:
         """The rollout with its ``scores`` as the agent sees them, and with its ``advantages``."""
+        if self.kl_in == "reward":  # the scores ask for it
+            rollout = self.fill(rollout, steps)
         rollout = replace(rollout, scores=self.outermost.scores(rollout, steps))
         return replace(rollout, advantages=self.advantages(rollout, steps).to(self.device))
 
@@ -292,43 +227,67 @@ class GRPO(Agent):
             with torch.no_grad():
                 torch._foreach_copy_(list(self.reference.parameters()), list(self.policy.parameters()))
         if norms:  # or all steps were skipped
-            logs.record_update(self.logger, seen, len(norms), steps, self.policy.schedule, self)
+            logs.record_update(
+                self.logger,
+                seen,
+                optimizer_steps=len(norms),
+                steps=steps,
+                schedule=self.policy.schedule,
+                clip=(self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high),
+                processes=self.processes,
+            )
             self.logger.record("train/grad_norm", sum(norms) / len(norms))
         self.logger.record("train/optimizer_steps", len(norms))
 
     def descend(self, rollout: Rollout, advantages: Tensor, steps: range) -> tuple[list[logs.Tokens], list[float]]:
         """The optimiser steps of an update: what they saw at their tokens, and the norms of their gradients."""
-        rows, together = len(advantages), self.processes
-        weights = TokenWeights(*(together.gather(part) for part in self.outermost.token_weights(rollout, steps)))
-        before = together.rows_before(rows)  # of the rows of all processes, which the minibatches are made of
-        old: Tensor | None = None  # (B, n)
-        if not self.one_step:
-            rollout = self.look_ahead(rollout, steps)  # once for all optimiser steps
-            old = self.old_log_probs(rollout, steps)
+        gather = self.processes.gather
+        weights = TokenWeights(*map(gather, self.outermost.token_weights(rollout, steps)))  # of the global rows
+        rollout = self.fill(rollout, steps)  # once for all optimiser steps
         seen: list[logs.Tokens] = []
         norms: list[float] = []
-        for minibatch in self.minibatch_rows(len(weights.policy), shuffle=not self.one_step):
-            own = ((minibatch >= before) & (minibatch < before + rows)).nonzero().flatten()
-            shares = self.aggregate(weights.rows(minibatch), steps).rows(own)  # (b, n)
-            mine = minibatch[own] - before
-            here: list[logs.Tokens] = []
-            total = torch.zeros((), device=self.device)
+        for minibatch in self.minibatch_rows(len(weights.policy), shuffle=not self.one_step):  # global rows
+            shares = self.aggregate(weights.rows(minibatch), steps)
             self.optimizer.zero_grad()
-            for part in self.in_pieces(self.places_to_learn(advantages[mine])):
-                micro = mine[part]
-                given = None if old is None else old[micro]
-                loss, tokens = self.loss(rollout, micro, advantages[micro], shares.rows(part), given, steps)
-                together.scaled(loss).backward()
-                total += loss.detach()
-                here.append(tokens)
-            if self.target_kl is not None and norms and logs.approx_kl(here, together) > 1.5 * self.target_kl:
+            places, rows = self.own_rows(minibatch, advantages)
+            loss, tokens = self.backward(rollout, rows, advantages, shares.rows(places), steps)
+            if self.target_kl is not None and norms and logs.approx_kl(tokens, self.processes) > 1.5 * self.target_kl:
                 self.optimizer.zero_grad()
                 break
-            norm = self.optimizer_step(total)
+            norm = self.optimizer_step(loss)
             if math.isfinite(norm):
                 norms.append(norm)
-                seen += here
+                seen += tokens
         return seen, norms
+
+    def own_rows(self, minibatch: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        """What this process learns of a minibatch of global rows: the places in it and the rows, int64 ``(b,)`` each.
+
+        ``advantages`` are those of all B rows. Rows with nothing to learn are left out, see `places_to_learn`.
+        """
+        before = self.processes.rows_before(len(advantages))
+        places = ((minibatch >= before) & (minibatch < before + len(advantages))).nonzero().flatten()
+        rows = minibatch[places] - before
+        learning = self.places_to_learn(advantages[rows])
+        return places[learning], rows[learning]
+
+    def backward(
+        self, rollout: Rollout, rows: Tensor, advantages: Tensor, weights: TokenWeights, steps: range
+    ) -> tuple[Tensor, list[logs.Tokens]]:
+        """Add the gradient of some rows' share in the loss of an optimiser step, one micro-batch after the other.
+
+        ``weights`` are those of ``rows``, ``advantages`` those of all B. Returns the loss and what was seen, detached.
+        """
+        assert self.one_step or rollout.old_logp is not None, "fill() it first"
+        total, seen = torch.zeros((), device=self.device), []
+        for piece in self.pieces(len(rows)):
+            micro = rows[piece]
+            old = None if self.one_step or rollout.old_logp is None else rollout.old_logp[micro]  # (b, n)
+            loss, tokens = self.loss(rollout, micro, advantages[micro], weights.rows(piece), old, steps)
+            self.processes.scaled(loss).backward()
+            total += loss.detach()
+            seen.append(tokens)
+        return total, seen
 
     @property
     def one_step(self) -> bool:
@@ -363,8 +322,17 @@ class GRPO(Agent):
         loss = (weights.policy * policy_loss).sum() + (kl_weight * kl).sum()
         if self.entropy_coef:  # a weight of zero would still cost its backward pass
             loss = loss - (entropy_weight * new.entropy).sum()
-        behaviour = torch.cat([rollout.behaviour_logp[t][rows] for t in steps], 1).sum(-1)  # (b, n)
-        seen = (policy_loss, kl, new.entropy, weights.policy, kl_weight, entropy_weight, ratio, behaviour - old)
+        behaviour = torch.cat([rollout.draws[t].logp[rows] for t in steps], 1).sum(-1)  # (b, n)
+        seen = logs.Tokens(
+            policy_loss=policy_loss,
+            kl=kl,
+            entropy=new.entropy,
+            policy_weight=weights.policy,
+            kl_weight=kl_weight,
+            entropy_weight=entropy_weight,
+            ratio=ratio,
+            behaviour_gap=behaviour - old,
+        )
         return loss, logs.Tokens(*(part.detach() for part in seen))
 
     def policy_loss(self, logp: Tensor, old: Tensor, advantages: Tensor, steps: range) -> tuple[Tensor, Tensor]:
@@ -373,62 +341,8 @@ class GRPO(Agent):
         ratio = losses.policy_ratio(logp, old, self.ratio_level, sizes)
         return losses.clipped_loss(ratio, advantages, self.clip_range, self.clip_range_high, self.dual_clip), ratio
 
-    def kl_to_reference(self, rollout: Rollout, rows: Tensor, steps: range, new: Predicted | None = None) -> Tensor:
-        """The KL of the policy to the reference at each token of some rows, ``(b, n)``."""
-        assert self.reference is not None
-        if self.kl != "full":
-            logp = self.logp(self.policy, rollout, rows, steps) if new is None else new.logp
-            with torch.no_grad():
-                ref_logp = self.logp(self.reference, rollout, rows, steps)
-            return losses.kl_estimate(logp, ref_logp, self.kl)
-        new = new or self.log_probs(self.policy, rollout, rows, steps)
-        with torch.no_grad():
-            ref = self.log_probs(self.reference, rollout, rows, steps)
-        assert new.everything is not None and ref.everything is not None
-        return losses.full_kl(new.everything, ref.everything)
-
-    def log_probs(self, policy: Policy, rollout: Rollout, rows: Tensor, steps: range) -> Predicted:
-        """What a policy says of the tokens of ``steps`` in some rows, ``(b, n)``, and where an option needs them all
-        log-probabilities. The one source of old, new and reference log-probabilities."""
-        cond = policy.take(rollout.cond, rows)
-        grids = [grid[rows] for grid in rollout.grids[: steps.stop]]
-        if self.support == "model" and self.kl != "full":
-            if self.logit_chunk is not None:
-                policy.logit_chunk = self.logit_chunk  # here, where every reference passes, a file's too
-            logp, entropy = policy.evaluate(cond, grids, steps)  # (b, n, D)
-            return Predicted(logp.sum(-1), entropy.sum(-1))
-        parts = [rollout.support[t] for t in steps] if self.support == "sampler" else [None]
-        support = None if parts[0] is None else torch.cat([part[rows] for part in parts if part is not None], 1)
-        chosen = torch.cat([grids[t] for t in steps], 1)  # (b, n, D)
-        return losses.log_probs(policy(cond, grids, steps), chosen, support)
-
-    def logp(self, policy: Policy, rollout: Rollout, rows: Tensor, steps: range) -> Tensor:
-        """The log-probabilities of `log_probs`, ``(b, n)``; those of `look_ahead`, without gradient, if they hold."""
-        known = rollout.known("logp", policy, steps)  # (B, n)
-        return self.log_probs(policy, rollout, rows, steps).logp if known is None else known[rows]
-
-    @torch.no_grad()
-    def old_log_probs(self, rollout: Rollout, steps: range) -> Tensor:
-        """Log-probabilities before the first optimiser step, ``(B, n)``."""
-        return self.in_micro_batches(partial(self.logp, self.policy, rollout, steps=steps), rollout)
-
-    def in_micro_batches(
-        self, function: Callable[[Tensor], Tensor], rollout: Rollout, rows: Tensor | None = None
-    ) -> Tensor:
-        """A function of rows, int64 ``(b,)``, over some of them; by default over all B."""
-        rows = torch.arange(len(rollout.scenes), device=self.device) if rows is None else rows
-        return torch.cat([function(part) for part in self.in_pieces(rows)])
-
-    def in_pieces(self, rows: Tensor) -> list[Tensor]:
-        """Rows in micro-batches. With sharded weights, which all processes compute with together, there are as many in
-        each process, some of them perhaps empty."""
-        pieces = list(rows.split(self.micro_batch or max(len(rows), 1))) if len(rows) else []
-        if self.processes.shards:
-            pieces += [rows[:0]] * (self.processes.most(len(pieces)) - len(pieces))
-        return pieces
-
     def minibatch_rows(self, rows: int, shuffle: bool) -> Iterator[Tensor]:
-        """The rows of each optimiser step of an update, epoch after epoch."""
+        """The global rows of each optimiser step of an update, epoch after epoch."""
         for _ in range(self.epochs):
             order = torch.arange(rows, device=self.device)
             if shuffle:

@@ -6,7 +6,7 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from stable_baselines3.common.logger import (
@@ -20,14 +20,11 @@ from stable_baselines3.common.logger import (
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from agents.common import pictures, processes
-from agents.common.processes import Processes
+from agents.common import pictures
+from agents.common.processes import Processes, current
 from agents.losses import per_grid
 from agents.rollout import Rollout
 from var_env.schedule import ScaleSchedule
-
-if TYPE_CHECKING:
-    from agents.grpo import GRPO
 
 EYES_ONLY = ("stdout", "log", "json", "csv")  # the writers that cannot show a picture
 
@@ -38,12 +35,12 @@ def open_logger(folder: str | Path, formats: Sequence[str], step: int | None = N
     Args:
         folder: of the run.
         formats: "stdout", "log", "json", "csv", "tensorboard".
-        step: of a run that goes on, ``num_timesteps`` of its checkpoint. What "csv" and "tensorboard" logged after it
+        step: of a run that goes on, ``images_decoded`` of its checkpoint. What "csv" and "tensorboard" logged after it
             is taken back, since it will be logged again; the other files begin anew.
 
     Of several processes the first one logs, and the others get a logger that writes nothing.
     """
-    if not processes.current().is_first:
+    if not current().is_first:
         return Logger(None, [])
     Path(folder).mkdir(parents=True, exist_ok=True)
     kinds = {"csv": ContinuedCSV, "tensorboard": ContinuedTensorBoard}
@@ -55,7 +52,7 @@ def open_logger(folder: str | Path, formats: Sequence[str], step: int | None = N
 
 
 class ContinuedCSV(CSVOutputFormat):
-    """progress.csv with the rows up to a step that it had before."""
+    """progress.csv with the rows up to a step that it had before. An evaluation at that step is made again."""
 
     def __init__(self, folder: Path, step: int) -> None:
         path = folder / "progress.csv"
@@ -65,7 +62,9 @@ class ContinuedCSV(CSVOutputFormat):
                 before = list(csv.DictReader(file))
         super().__init__(str(path))
         for row in before:
-            if row["time/total_timesteps"] and int(row["time/total_timesteps"]) <= step:
+            trained = row.get("budget/images")
+            images = trained or row.get("eval/images")
+            if images and int(images) <= step and (trained or int(images) < step):
                 self.write({name: number(text) for name, text in row.items() if text}, {})
 
 
@@ -146,23 +145,31 @@ def approx_kl(seen: Sequence[Tokens], together: Processes = Processes()) -> floa
 
 
 def record_update(
-    logger: Logger, seen: Sequence[Tokens], optimizer_steps: int, steps: range, schedule: ScaleSchedule, agent: GRPO
+    logger: Logger,
+    seen: Sequence[Tokens],
+    *,
+    optimizer_steps: int,
+    steps: range,
+    schedule: ScaleSchedule,
+    clip: tuple[float, float],
+    processes: Processes,
 ) -> None:
     """``train/``: the losses that were minimised and their diagnosis; ``scale/``: the same for each scale of ``steps``.
 
     Losses are means over the optimiser steps. Rows with nothing to learn may be missing in ``seen``. Of all processes.
+    Ratios count as clipped below ``1 - clip[0]`` and above ``1 + clip[1]``.
     """
-    nothing = Tokens(*[torch.zeros(0, sum(schedule.sizes[t] for t in steps), device=agent.device)] * 8)
-    tokens = Tokens(*(torch.cat(part).double() for part in zip(nothing, *seen, strict=True)))  # (b, n)
+    seen = seen or [Tokens(*[torch.zeros(0, sum(schedule.sizes[t] for t in steps))] * len(Tokens._fields))]
+    tokens = Tokens(*(torch.cat(part).double() for part in zip(*seen, strict=True)))  # (b, n)
     terms = {
         "policy_loss": tokens.policy_weight * tokens.policy_loss,
         "kl_loss": tokens.kl_weight * tokens.kl,
         "entropy_loss": -tokens.entropy_weight * tokens.entropy,
     }  # (b, n)
-    ratio, high = tokens.ratio, agent.clip_range if agent.clip_range_high is None else agent.clip_range_high
+    ratio, (low, high) = tokens.ratio, clip
     averaged = {
         "train/entropy": tokens.entropy,
-        "train/clip_fraction": (ratio < 1 - agent.clip_range) | (ratio > 1 + high),
+        "train/clip_fraction": (ratio < 1 - low) | (ratio > 1 + high),
         "train/ratio_mean": ratio,
         "train/kl": tokens.kl,
         "rollout/behaviour_gap": tokens.behaviour_gap,
@@ -171,15 +178,15 @@ def record_update(
     size = torch.stack([part.abs() for part in terms.values()]).sum(0)  # (b, n)
     by_name = torch.stack([per_grid(part, sizes).sum(0) for part in (size, tokens.entropy, tokens.kl)])  # (3, bands)
     sums = [ratio.numel(), *(part.double().sum().item() for part in (*terms.values(), *averaged.values()))]
-    reduced = agent.processes.reduce([*sums, *by_name.flatten().tolist()])
+    reduced = processes.reduce([*sums, *by_name.flatten().tolist()])
     losses, means = reduced[1:4], [value / max(reduced[0], 1) for value in reduced[4:9]]
     shares, entropies, kls = torch.tensor(reduced[9:]).view(3, -1)
     extremes = [-ratio.min().item(), ratio.max().item()] if ratio.numel() else [-math.inf, -math.inf]
     extremes += [float(bool(part.any())) for part in (tokens.kl_weight, tokens.entropy_weight)]
-    low, top, has_kl, has_bonus = agent.processes.reduce(extremes, "max")
+    negative_min, top, has_kl, has_bonus = processes.reduce(extremes, "max")
     values = {f"train/{name}": total / optimizer_steps for name, total in zip(terms, losses, strict=True)}
     values |= {"train/loss": sum(values.values()), **dict(zip(averaged, means, strict=True))}
-    values |= {"train/ratio_min": -low, "train/ratio_max": top, "train/approx_kl": approx_kl(seen, agent.processes)}
+    values |= {"train/ratio_min": -negative_min, "train/ratio_max": top, "train/approx_kl": approx_kl(seen, processes)}
     rows = max(reduced[0] / sum(sizes), 1)
     share = shares / shares.sum().clamp(min=1e-12)
     for i, name in enumerate(names):

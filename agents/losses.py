@@ -234,6 +234,18 @@ def full_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
 # From tokens to a loss -----------------------------------------------------------------------------------------------
 
 
+class TokenWeights(NamedTuple):
+    """How much each token counts in the terms of an update, each ``(B, n)``, n the tokens of its steps."""
+
+    policy: Tensor
+    kl: Tensor
+    entropy: Tensor  # of the entropy bonus
+
+    def rows(self, index: Tensor | slice) -> TokenWeights:
+        """Those of some rows."""
+        return TokenWeights(*(part[index] for part in self))
+
+
 def uniform_weights(rows: int, sizes: Sequence[int], device: torch.device | None = None) -> Tensor:
     """Every one of a row's n tokens counts ``1 / n``, ``(B, n)``."""
     n = sum(sizes)

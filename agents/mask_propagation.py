@@ -8,6 +8,7 @@ that the rest of the picture is held where it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -120,13 +121,6 @@ class MaskPropagation(Wrapper):
 
     Args:
         agent: the agent, or wrapper, inside.
-        boxes: "read" takes the regions that the reward found in the picture, "layout" those of the scene. Beware:
-            the shipped world draws the heights of the lines at random and the prompt does not tell them, so a scene's
-            layout is not that of the pictures sampled for it, unless the world is ``World(placement="even")``. A
-            scene made from a prompt alone has no layout, and all of its tokens count.
-        soft: weigh tokens by the share of their cell that is covered.
-        dilation: pixels by which a box grows on every side.
-        suffix_masks: how the masks of a row's K pictures become one: "union", "intersection" or "mean".
 
     Raises:
         ValueError: other ``boxes`` or ``suffix_masks``, or a negative ``dilation``.
@@ -136,10 +130,20 @@ class MaskPropagation(Wrapper):
         self,
         agent: GRPO | Wrapper,
         *,
-        boxes: str = "read",
-        soft: bool = False,
-        dilation: int = 0,
-        suffix_masks: str = "union",
+        boxes: Annotated[
+            str,
+            '"read" takes the regions that the reward found in the picture, "layout" those of the scene. '
+            "Beware: the shipped world draws the heights of the lines at random and the prompt does not tell "
+            "them, so a scene's layout is not that of the pictures sampled for it, unless the world is "
+            '``World(placement="even")``. A scene made from a prompt alone has no layout, and all of its tokens '
+            "count.",
+        ] = "read",
+        soft: Annotated[bool, "weigh tokens by the share of their cell that is covered."] = False,
+        dilation: Annotated[int, "pixels by which a box grows on every side."] = 0,
+        suffix_masks: Annotated[
+            str,
+            'how the masks of a row\'s K pictures become one: "union", "intersection" or "mean".',
+        ] = "union",
     ) -> None:
         require_choice(SOURCES, boxes=boxes)
         require_at_least(0, dilation=dilation)

@@ -5,6 +5,8 @@ A picture's scales hold 1, 4, 9, ... tokens, and in the mean over tokens the las
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
@@ -34,10 +36,17 @@ class PANW(Wrapper):
 
     Args:
         agent: the agent to wrap.
-        alpha: the exponent of eq. 9, at least 0. The paper finds 0.6 to 0.8 best.
     """
 
-    def __init__(self, agent: GRPO | Wrapper, *, alpha: float = 0.6) -> None:
+    def __init__(
+        self,
+        agent: GRPO | Wrapper,
+        *,
+        alpha: Annotated[
+            float,
+            "the exponent of eq. 9, at least 0. The paper finds 0.6 to 0.8 best.",
+        ] = 0.6,
+    ) -> None:
         if not 0 <= alpha < float("inf"):
             raise ValueError(f"alpha must be a finite number of at least 0, got {alpha}")
         super().__init__(agent)

@@ -25,9 +25,8 @@ Against Stable-Baselines3's PPO (``agents/sb3_policy.py`` runs it on the same ne
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from stable_baselines3.common.utils import explained_variance, update_learning_rate
@@ -38,7 +37,7 @@ from agents.common.checks import require_at_least
 from agents.common.registry import register
 from agents.grpo import GRPO
 from agents.policies.base import Policy
-from agents.rollout import Rollout
+from agents.rollout import Rollout, weights_version
 from var_env.seeding import as_seed
 
 CRITIC_MINIBATCHES = 4  # of each epoch over a rollout
@@ -104,12 +103,6 @@ class PPO(GRPO):
     Args:
         policy, env: and more keywords, as in `GRPO`. Groups are not compared with each other or within, so that
             ``group_size=1`` with more prompts is possible.
-        gamma: discount of a grid; 1 is without, the usual choice where the reward comes at the end.
-        gae_lambda: how far a grid's advantage looks past the next state's value, 0 to 1.
-        critic_learning_rate: of the critic's own AdamW.
-        critic_epochs: passes of the critic over a rollout, after the policy's.
-        advantage_scale: "batch" divides the centred advantages by their standard deviation over all grids of the
-            rollout; "none" only centres them.
     """
 
     min_group_size = 1
@@ -119,11 +112,21 @@ class PPO(GRPO):
         policy: Any,
         env: Any,
         *,
-        gamma: float = 1.0,
-        gae_lambda: float = 0.95,
-        critic_learning_rate: float = 1e-3,
-        critic_epochs: int = 4,
-        advantage_scale: str = "batch",
+        gamma: Annotated[
+            float,
+            "discount of a grid; 1 is without, the usual choice where the reward comes at the end.",
+        ] = 1.0,
+        gae_lambda: Annotated[
+            float,
+            "how far a grid's advantage looks past the next state's value, 0 to 1.",
+        ] = 0.95,
+        critic_learning_rate: Annotated[float, "of the critic's own AdamW."] = 1e-3,
+        critic_epochs: Annotated[int, "passes of the critic over a rollout, after the policy's."] = 4,
+        advantage_scale: Annotated[
+            str,
+            '"batch" divides the centred advantages by their standard deviation over all grids of the rollout; '
+            '"none" only centres them.',
+        ] = "batch",
         **grpo: Any,
     ) -> None:
         for name, share in (("gamma", gamma), ("gae_lambda", gae_lambda)):
@@ -145,27 +148,25 @@ class PPO(GRPO):
             self.critic.parameters(), lr=self.critic_learning_rate, weight_decay=0.0
         )
 
-    def while_scored(self, rollout: Rollout) -> Rollout:
-        rollout = super().while_scored(rollout)
-        return rollout.with_ahead("features", self.policy, range(len(rollout.grids)), self.all_features(rollout))
+    def fill(self, rollout: Rollout, steps: range) -> Rollout:
+        """As in `GRPO`, and with the ``features`` of the states, from the policy as it is before the update."""
+        rollout = super().fill(rollout, steps)
+        if rollout.features is not None:
+            return rollout
+        features = self.in_micro_batches(lambda rows: self.features(rollout, rows), rollout)
+        return replace(rollout, features=features, version=weights_version(self.policy))
 
     # Judging ---------------------------------------------------------------------------------------------------------
 
     def judge(self, rollout: Rollout, steps: range) -> Rollout:
-        """As in `GRPO`, and with the ``features`` of the states, from the policy as it is before the update.
+        """As in `GRPO`, and filled.
 
         Raises:
             ValueError: ``steps`` are not all T grids.
         """
         if steps != range(len(self.policy.schedule)):
             raise ValueError(f"PPO learns all {len(self.policy.schedule)} grids at once, not {steps}")
-        return super().judge(replace(rollout, features=self.all_features(rollout)), steps)
-
-    @torch.no_grad()
-    def all_features(self, rollout: Rollout) -> Tensor:
-        """`features` of all rows, ``(B, T, W)``, unless they are known."""
-        known = rollout.known("features", self.policy, range(len(rollout.grids)))
-        return self.in_micro_batches(lambda rows: self.features(rollout, rows), rollout) if known is None else known
+        return super().judge(self.fill(rollout, steps), steps)
 
     @torch.no_grad()
     def features(self, rollout: Rollout, rows: Tensor) -> Tensor:
@@ -206,21 +207,20 @@ class PPO(GRPO):
 
     def fit_critic(self, rollout: Rollout) -> None:
         """Fit the critic to the returns of a judged rollout. The explained variance is that before it."""
-        start = time.perf_counter()
-        rollout = self.of_all(rollout)
-        values, _, returns = self.estimates(rollout)
-        assert rollout.features is not None
-        update_learning_rate(self.critic_optimizer, self.critic_learning_rate)  # one given to load() holds
-        total = 0.0
-        for _ in range(self.critic_epochs):
-            order = torch.randperm(len(values), generator=self.generator, device=self.device)
-            for rows in order.chunk(CRITIC_MINIBATCHES):
-                loss = nn.functional.mse_loss(self.critic(rollout.features[rows]), returns[rows])
-                self.critic_optimizer.zero_grad()
-                loss.backward()
-                self.critic_optimizer.step()
-                total += loss.item() * len(rows)
-        self.seconds += time.perf_counter() - start
+        with self.timed("critic"):
+            rollout = self.of_all(rollout)
+            values, _, returns = self.estimates(rollout)
+            assert rollout.features is not None
+            update_learning_rate(self.critic_optimizer, self.critic_learning_rate)  # one given to load() holds
+            total = 0.0
+            for _ in range(self.critic_epochs):
+                order = torch.randperm(len(values), generator=self.generator, device=self.device)
+                for rows in order.chunk(CRITIC_MINIBATCHES):
+                    loss = nn.functional.mse_loss(self.critic(rollout.features[rows]), returns[rows])
+                    self.critic_optimizer.zero_grad()
+                    loss.backward()
+                    self.critic_optimizer.step()
+                    total += loss.item() * len(rows)
         self.logger.record("train/value_loss", total / (self.critic_epochs * len(values)))
         explained = explained_variance(values.flatten().cpu().numpy(), returns.flatten().cpu().numpy())
         if math.isfinite(explained):  # equal returns leave nothing to explain

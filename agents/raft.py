@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -30,10 +30,17 @@ class RAFT(GRPO):
 
     Args:
         policy, env: and more keywords, as in `GRPO`.
-        keep: pictures of each prompt to imitate, below ``group_size``.
     """
 
-    def __init__(self, policy: Any, env: Any, *, keep: int = 1, group_size: int = 8, **grpo: Any) -> None:
+    def __init__(
+        self,
+        policy: Any,
+        env: Any,
+        *,
+        keep: Annotated[int, "pictures of each prompt to imitate, below ``group_size``."] = 1,
+        group_size: int = 8,
+        **grpo: Any,
+    ) -> None:
         require_at_least(1, keep=keep, group_size=group_size)
         if keep >= group_size:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ class REINFORCE(GRPO):
 
     Args:
         policy, env: and more keywords, as in `GRPO`.
-        advantage_scale: only "none", or this would be GRPO.
-        epochs, minibatches: only 1, since after a step the samples are no longer the policy's own.
     """
 
     def __init__(
@@ -34,9 +32,15 @@ class REINFORCE(GRPO):
         policy: Any,
         env: Any,
         *,
-        advantage_scale: str = "none",
-        epochs: int = 1,
-        minibatches: int = 1,
+        advantage_scale: Annotated[str, 'only "none", or this would be GRPO.'] = "none",
+        epochs: Annotated[
+            int,
+            "only 1, since after a step the samples are no longer the policy's own.",
+        ] = 1,
+        minibatches: Annotated[
+            int,
+            "only 1, since after a step the samples are no longer the policy's own.",
+        ] = 1,
         **grpo: Any,
     ) -> None:
         for name, value in (("epochs", epochs), ("minibatches", minibatches)):

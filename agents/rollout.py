@@ -7,11 +7,11 @@ what pictures share is computed once.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -19,12 +19,14 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from agents.beside import applicable_shares, measure_beside
 from agents.common.processes import Processes
 from agents.inner_env import inner_env
 from agents.losses import zero_variance
 from agents.policies.base import Policy
-from agents.sampling import Decoding, SharedNoise, draw
-from rewards.base import HasWords, Reward, RewardOutput
+from agents.sampling import Decoding, Draw, SharedNoise, draw
+from agents.timing import timed
+from rewards.base import Reward, RewardOutput
 from rewards.serving.pool import RewardPool, join
 from var_env import mdp
 from var_env.env import VARTextEnv
@@ -51,20 +53,6 @@ def resized(env: VARTextEnv | VARTextVectorEnv, num_envs: int, reward: Reward | 
     return VARTextVectorEnv(num_envs, world=env.world, tokenizer=env.tokenizer, reward=reward or env.reward)
 
 
-class Ahead(NamedTuple):
-    """Something a policy says of the rows of a rollout, computed before the update that asks for it."""
-
-    values: Tensor  # (B, ...)
-    what: str
-    policy: Policy
-    version: int  # of its weights, see `weights_version`
-    steps: range  # the grids it is about
-
-    def rows(self, index: Tensor) -> Ahead:
-        """That of some rows, int64, which may repeat."""
-        return self._replace(values=self.values[index])
-
-
 def weights_version(policy: Policy) -> int:
     """Another number after every change of the weights in place, as optimisers and ``load_state_dict`` make them."""
     return sum(weight._version for weight in policy.parameters())
@@ -77,40 +65,52 @@ class Rollout:
     A row was decoded and scored as ``K`` pictures, picture ``b * K + k`` being suffix k of row b. K is 1, and a row
     is a picture, but for the prefixes of VMR, whose grids end before the picture does: see `merge`.
 
-    An update asks for ``cond``, ``grids``, ``behaviour_logp`` and ``support``; the rest is for rewards, masks and eyes.
+    An update asks for ``cond`` and ``draws``; the rest is for rewards, masks and eyes.
     """
 
     cond: Any  # the policy's condition, B rows
     scenes: list[Scene]  # B
-    grids: list[Tensor]  # of (B, n_t, D) int64, all T of them or a prefix
-    behaviour_logp: list[Tensor]  # of (B, n_t, D), under the sampler
-    tail_mass: list[Tensor]  # of (B, n_t, D), the model's probability of codes that the sampler could not draw
-    support: list[Tensor | None]  # of bool (B, n_t, D, V), when it was kept and the sampler truncated
+    draws: list[Draw]  # one a grid, all T of them or a prefix; with their support when it was kept
     scores: Tensor  # (P, G) float32, what a row is worth: the reward, until an agent adds to it
     returns: Tensor  # (P, G, K) float32, the rewards of its pictures
     parts: dict[str, np.ndarray]  # each (B * K,), NaN where a part is not applicable
     images: np.ndarray  # (B * K, S, S, 3) uint8
     words_read: list[list[str]]  # B * K
+    reads: bool  # whether the reward looked for words; if not, nobody did
     regions: list[np.ndarray]  # B * K of (number found, 4), xyxy in pixels
     seconds: dict[str, float]  # "sampling", "reward", "decode", the rest of the environment, and "ahead" with a pool
     advantages: Tensor | None = None  # (B,) or (B, n), once an algorithm has judged the rows
-    features: Tensor | None = None  # (B, T, W) float32, what PPO's critic saw of the state before each grid
     forks: Forks = ()  # where the pictures of a prompt parted, see `collect`
-    ahead: tuple[Ahead, ...] = ()  # of these rows and grids, for the update: see `known`
+    # What the policies say of these rows before the update, n being the tokens of the grids that it learns.
+    old_logp: Tensor | None = None  # (B, n) float32, of the policy
+    ref_logp: Tensor | None = None  # (B, n) float32, of the reference
+    features: Tensor | None = None  # (B, T, W) float32, what PPO's critic sees of the state before each grid
+    version: int | None = None  # of the policy's weights that these are of, see `weights_version`
+
+    @property
+    def grids(self) -> list[Tensor]:
+        """The tokens of each grid, ``(B, n_t, D)`` int64."""
+        return [draw.tokens for draw in self.draws]
 
     @property
     def suffixes(self) -> int:
         """K, the pictures of each row."""
         return self.returns.shape[2]
 
-    def with_ahead(self, what: str, policy: Policy, steps: range, values: Tensor) -> Rollout:
-        """The rollout with ``values``, ``(B, ...)``: what the policy, as it is, says of its rows in ``steps``."""
-        return replace(self, ahead=(*self.ahead, Ahead(values, what, policy, weights_version(policy), steps)))
+    def require_current(self, policy: Policy, steps: range) -> None:
+        """That ``old_logp``, ``ref_logp`` and ``features``, if there, are of the policy as it is and of these steps.
 
-    def known(self, what: str, policy: Policy, steps: range) -> Tensor | None:
-        """The ``values`` of `with_ahead`, if there are any, of these steps and of the policy as it is now."""
-        key = what, policy, weights_version(policy), steps
-        return next((found.values for found in self.ahead if found[1:] == key), None)
+        Raises:
+            ValueError: the weights have changed since, as after an update.
+        """
+        if self.version not in (None, weights_version(policy)):
+            raise ValueError(
+                "the weights have changed since this rollout's log-probabilities were computed: sample a new one, or "
+                "set its old_logp, ref_logp, features and version to None to have them computed again"
+            )
+        shape = len(self.scenes), sum(policy.schedule.sizes[t] for t in steps)
+        for logp in (self.old_logp, self.ref_logp):
+            assert logp is None or logp.shape == shape, f"log-probabilities of {tuple(logp.shape)}, not {shape}"
 
     def require_finite(self) -> None:
         """``ValueError`` naming the first reward that is not a finite number, and its prompt."""
@@ -128,18 +128,21 @@ class Rollout:
         ``policy`` made the condition, and ``value`` maps returns ``(P, G, K)`` to the new rows' scores ``(P, G)``.
         """
         returns = self.returns.unflatten(1, (-1, suffixes)).flatten(2)  # (P, G, K)
+        first = slice(None, None, suffixes)
         return replace(
             self,
             cond=policy.take(self.cond, torch.arange(0, len(self.scenes), suffixes, device=policy.device)),
-            scenes=self.scenes[::suffixes],
-            grids=[grid[::suffixes] for grid in self.grids[:grids]],
-            behaviour_logp=[logp[::suffixes] for logp in self.behaviour_logp[:grids]],
-            tail_mass=[mass[::suffixes] for mass in self.tail_mass[:grids]],
-            support=[None if kept is None else kept[::suffixes] for kept in self.support[:grids]],
+            scenes=self.scenes[first],
+            draws=[draw.take(first) for draw in self.draws[:grids]],
             scores=value(returns),
             returns=returns,
-            ahead=tuple(found._replace(values=found.values[::suffixes]) for found in self.ahead),
+            **{name: values[first] for name, values in self.before_update().items()},
         )
+
+    def before_update(self) -> dict[str, Any]:
+        """Of ``old_logp``, ``ref_logp`` and ``features`` those that there are."""
+        found = {name: getattr(self, name) for name in ("old_logp", "ref_logp", "features")}
+        return {name: values for name, values in found.items() if values is not None}
 
     def groups(self, policy: Policy, keep: Tensor) -> Rollout:
         """Some prompts with all their rows and pictures; ``policy`` made the condition, ``keep`` is bool ``(P,)``."""
@@ -149,15 +152,12 @@ class Rollout:
         """Some rows with their pictures: int64 ``(P', G')``, which rows of this rollout are those of the new one."""
         chosen, k = index.flatten(), self.suffixes
         pictures = (chosen[:, None] * k + torch.arange(k)).flatten().tolist()  # B' * K
-        on_device = chosen.to(self.grids[0].device)
+        on_device = chosen.to(self.draws[0].tokens.device)
         return replace(
             self,
             cond=policy.take(self.cond, on_device),
             scenes=[self.scenes[row] for row in chosen.tolist()],
-            grids=[grid[on_device] for grid in self.grids],
-            behaviour_logp=[logp[on_device] for logp in self.behaviour_logp],
-            tail_mass=[mass[on_device] for mass in self.tail_mass],
-            support=[None if kept is None else kept[on_device] for kept in self.support],
+            draws=[draw.take(on_device) for draw in self.draws],
             scores=self.scores.flatten()[index],
             returns=self.returns.flatten(0, 1)[index],
             parts={name: values[pictures] for name, values in self.parts.items()},
@@ -165,30 +165,21 @@ class Rollout:
             words_read=[self.words_read[picture] for picture in pictures],
             regions=[self.regions[picture] for picture in pictures],
             advantages=None if self.advantages is None else self.advantages[on_device],
-            features=None if self.features is None else self.features[on_device],
-            ahead=tuple(found.rows(on_device) for found in self.ahead),
+            **{name: values[on_device] for name, values in self.before_update().items()},
         )
 
     @staticmethod
     def concatenate(policy: Policy, rollouts: Sequence[Rollout]) -> Rollout:
         """The prompts of several rollouts of the same G and K in one; ``policy`` encodes the prompts together."""
         scenes = [scene for rollout in rollouts for scene in rollout.scenes]
-        first = rollouts[0]
-
-        def joined(name: str) -> list[Any]:
-            return [
-                None if parts[0] is None else torch.cat(parts)
-                for parts in zip(*(getattr(rollout, name) for rollout in rollouts), strict=True)
-            ]
-
+        first, before = rollouts[0], [rollout.before_update() for rollout in rollouts]
+        assert all(rollout.version == first.version for rollout in rollouts), "of one policy, as it is"
+        joined: dict[str, Any] = {name: torch.cat([found[name] for found in before]) for name in before[0]}
         return replace(
             first,
             cond=policy.encode_prompts([scene.prompt for scene in scenes]) if scenes else first.cond,
             scenes=scenes,
-            grids=joined("grids"),
-            behaviour_logp=joined("behaviour_logp"),
-            tail_mass=joined("tail_mass"),
-            support=joined("support"),
+            draws=[Draw.join(parts) for parts in zip(*(rollout.draws for rollout in rollouts), strict=True)],
             scores=torch.cat([rollout.scores for rollout in rollouts]),
             returns=torch.cat([rollout.returns for rollout in rollouts]),
             parts={name: np.concatenate([rollout.parts[name] for rollout in rollouts]) for name in first.parts},
@@ -197,12 +188,7 @@ class Rollout:
             regions=[boxes for rollout in rollouts for boxes in rollout.regions],
             seconds={name: sum(rollout.seconds[name] for rollout in rollouts) for name in first.seconds},
             advantages=None,
-            features=None,
-            ahead=tuple(
-                parts[0]._replace(values=torch.cat([part.values for part in parts]))
-                for parts in zip(*(rollout.ahead for rollout in rollouts), strict=False)
-                if all(part[1:] == parts[0][1:] for part in parts)
-            ),
+            **joined,
         )
 
     def scored(self, found: RewardOutput) -> Rollout:
@@ -215,11 +201,13 @@ class Rollout:
             returns=scores.unsqueeze(2),
             parts=found.parts,
             words_read=found.words,
+            reads=found.reads_words,
             regions=found.regions,
         )
 
     def summary(self, processes: Processes = Processes()) -> dict[str, float]:  # noqa: B008 (alone)
-        """Scalars to log: the reward's mean and spread, its parts where they apply, and the sampler's tail.
+        """Scalars to log: the reward's mean and spread, its parts and what is beside it where they apply, and the
+        sampler's tail.
 
         Over the rollouts of all processes, each of which has to call it.
         """
@@ -227,7 +215,10 @@ class Rollout:
         groups = scores.double().std(1, correction=0)
         parts = {name: processes.gather(torch.as_tensor(self.parts[name])).numpy() for name in sorted(self.parts)}
         applicable = {name: parts[name][~np.isnan(parts[name])] for name in self.parts}
-        tail = torch.cat(self.tail_mass, 1)  # (B, L, D)
+        scenes = [scene for scene in self.scenes for _ in range(self.suffixes)]  # B * K
+        record = measure_beside(self.images, scenes, self.words_read if self.reads else None)
+        beside = {name: processes.gather(torch.as_tensor(values)).numpy() for name, values in record.items()}
+        tail = torch.cat([draw.tail_mass for draw in self.draws], 1)  # (B, L, D)
         return {
             "reward": returns.mean().item(),
             "reward_std": returns.std(correction=0).item(),
@@ -235,6 +226,7 @@ class Rollout:
             "zero_variance_groups": zero_variance(scores).double().mean().item(),
             "tail_mass": processes.mean(tail.double().sum().item(), tail.numel()),
             **{name: float(values.mean()) for name, values in applicable.items() if values.size},
+            **applicable_shares(beside),
         }
 
 
@@ -242,56 +234,15 @@ class Rollout:
 class Trail:
     """What `unroll` drew, one entry a step: ``B`` rows, grid t of ``n_t`` tokens with ``D`` codes each."""
 
-    grids: list[Tensor] = field(default_factory=list)  # (B, n_t, D) int64
-    logp: list[Tensor] = field(default_factory=list)  # (B, n_t, D) under the sampler
-    tail_mass: list[Tensor] = field(default_factory=list)  # (B, n_t, D)
-    support: list[Tensor | None] = field(default_factory=list)  # (B, n_t, D, V)
-    info: dict[str, Any] = field(default_factory=dict)  # of the last environment step
+    draws: list[Draw] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"sampling": 0.0, "decode": 0.0, "reward": 0.0})
+    images: np.ndarray | None = None  # (B, S, S, 3) uint8, after the last grid
+    answer: Future[RewardOutput] | None = None  # of the reward, after the last grid
 
-    def take(self, index: Tensor) -> Trail:
-        """Rows of what was drawn; ``index`` may repeat and drop."""
-        return replace(
-            self,
-            grids=[grid[index] for grid in self.grids],
-            logp=[logp[index] for logp in self.logp],
-            tail_mass=[mass[index] for mass in self.tail_mass],
-            support=[None if kept is None else kept[index] for kept in self.support],
-        )
-
-
-class TimedReward(Reward):
-    """A reward that keeps the time, so that the last step's is told apart from decoding."""
-
-    def __init__(self, reward: Reward) -> None:
-        self.reward, self.name, self.seconds = reward, reward.name, 0.0
-
-    def check_scenes(self, scenes: Sequence[HasWords], count: int) -> None:
-        """Left to the reward, which may ask for more than words or for less."""
-
-    def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
-        start = time.perf_counter()
-        output = self.reward(images, scenes)
-        self.seconds += time.perf_counter() - start
-        return output
-
-
-class Deferred(Reward):
-    """Hands pictures to a pool of workers and gives zeros for the time being; ``output`` waits for the scores."""
-
-    def __init__(self, pool: RewardPool) -> None:
-        self.pool, self.name = pool, pool.name
-
-    def check_scenes(self, scenes: Sequence[HasWords], count: int) -> None:
-        """Left to the pool."""
-
-    def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
-        self.future = self.pool.submit(images, scenes)
-        return RewardOutput(np.zeros(len(images), np.float32))
-
-    def output(self) -> RewardOutput:
-        """What the pool found."""
-        return self.future.result()
+    @property
+    def grids(self) -> list[Tensor]:
+        """The tokens of each grid, ``(B, n_t, D)`` int64."""
+        return [draw.tokens for draw in self.draws]
 
 
 class Caches:
@@ -329,33 +280,30 @@ def unroll(
 ) -> Trail:
     """Continue the episodes in ``envs`` over ``steps``, which start at ``envs.t``. Uses caches and envs up.
 
-    ``on_step`` is called after each environment step and may raise to stop. Decoding and scoring the pictures is part
-    of the last step.
+    ``on_step`` is called after each environment step and may raise to stop. After the last grid the images are decoded
+    and handed to the reward first.
     """
-    trail, timer = Trail(), TimedReward(envs.reward)
+    trail = Trail()
+    seconds = trail.seconds
     previous = envs.grids[-1].to(policy.device) if envs.t else None
     for t in steps:
-        start = time.perf_counter()
-        features = envs.tokenizer.read(t, envs.canvas).to(policy.device)  # (B, n_t, C)
-        logits, null_logits = caches.step(t, features, previous)
-        drawn = draw(logits, null_logits, decoding, generator)
-        previous = drawn.tokens
-        trail.grids.append(drawn.tokens)
-        trail.logp.append(drawn.logp)
-        trail.tail_mass.append(drawn.tail_mass)
-        trail.support.append(drawn.support if keep_support else None)
-        sampled = time.perf_counter()
-        trail.seconds["sampling"] += sampled - start
-        envs.reward = timer
-        try:
-            trail.info = envs.step(drawn.tokens)[-1]
-        finally:
-            envs.reward = timer.reward
-        trail.seconds["decode"] += time.perf_counter() - sampled
+        with timed(seconds, "sampling"):
+            features = envs.tokenizer.read(t, envs.canvas).to(policy.device)  # (B, n_t, C)
+            logits, null_logits = caches.step(t, features, previous)
+            drawn = draw(logits, null_logits, decoding, generator)
+            previous = drawn.tokens
+            trail.draws.append(drawn if keep_support else drawn._replace(support=None))
+        with timed(seconds, "decode"):
+            envs.advance(drawn.tokens)
+        if envs.t == len(envs.schedule):
+            with timed(seconds, "decode"):
+                trail.images = envs.decode()
+            with timed(seconds, "reward"):
+                trail.answer = envs.reward.submit(trail.images, envs.scenes)
+            if not isinstance(envs.reward, RewardPool):  # whose answer may be there or not, as chance has it
+                envs.conclude(trail.images, trail.answer.result())
         if on_step is not None:
             on_step(envs)
-    trail.seconds["decode"] -= timer.seconds
-    trail.seconds["reward"] += timer.seconds
     return trail
 
 
@@ -381,43 +329,73 @@ def collect(
     included: then a prompt has ``group_size * k`` pictures, those of one prefix side by side. Several such pairs, m
     growing, fork one after the other.
     """
+    rollout, answer = collect_unscored(
+        policy,
+        envs,
+        group_size,
+        decoding,
+        generator,
+        fork_at=fork_at,
+        scenes=scenes,
+        seed=seed,
+        keep_support=keep_support,
+        on_step=on_step,
+    )
+    with timed(rollout.seconds, "reward"):
+        return rollout.scored(answer.result())
+
+
+@torch.no_grad()
+def collect_unscored(
+    policy: Policy,
+    envs: VARTextVectorEnv,
+    group_size: int,
+    decoding: Decoding,
+    generator: torch.Generator | SharedNoise | None = None,
+    *,
+    fork_at: tuple[int, int] | Forks | None = None,
+    scenes: Sequence[Scene] | None = None,
+    seed: int | None = None,
+    keep_support: bool = False,
+    on_step: Callable[[VARTextVectorEnv], None] | None = None,
+) -> tuple[Rollout, Future[RewardOutput]]:
+    """`collect` without waiting for the reward: a rollout whose scores are NaN, and the answer that `scored` takes."""
     length = len(envs.schedule)
     pairs = fork_pairs(fork_at, length)
-    start = time.perf_counter()
-    envs.reset(seed=seed, options=None if scenes is None else {"scenes": list(scenes)})
-    cond = policy.encode_prompts([scene.prompt for scene in envs.scenes])  # P rows
-    caches, rows = Caches(policy, cond, decoding.guided), envs
-    trails: list[Trail] = []
-    seconds = {"sampling": time.perf_counter() - start}
+    seconds: dict[str, float] = {}
+    with timed(seconds, "sampling"):
+        envs.reset(seed=seed, options=None if scenes is None else {"scenes": list(scenes)})
+        cond = policy.encode_prompts([scene.prompt for scene in envs.scenes])  # P rows
+        caches, rows = Caches(policy, cond, decoding.guided), envs
+    draws: list[Draw] = []
     forks = [(0, group_size), *pairs]
     for (begin, k), (end, _) in zip(forks, [*forks[1:], (length, 1)], strict=True):
-        start = time.perf_counter()
-        index = torch.arange(rows.num_envs, device=policy.device).repeat_interleave(k)
-        caches, rows = caches.fork(index), rows.fork(k)
-        trails = [trail.take(index) for trail in trails]
-        seconds["sampling"] += time.perf_counter() - start
-        trails.append(unroll(policy, rows, caches, range(begin, end), decoding, generator, keep_support, on_step))
-        for phase, elapsed in trails[-1].seconds.items():
+        with timed(seconds, "sampling"):
+            index = torch.arange(rows.num_envs, device=policy.device).repeat_interleave(k)
+            caches, rows = caches.fork(index), rows.fork(k)
+            draws = [drawn.take(index) for drawn in draws]
+        trail = unroll(policy, rows, caches, range(begin, end), decoding, generator, keep_support, on_step)
+        draws += trail.draws
+        for phase, elapsed in trail.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + elapsed
-    info = trails[-1].info
+    assert trail.images is not None and trail.answer is not None  # the last trail ends after the last grid
     per_prompt = rows.num_envs // envs.num_envs
-    scores = torch.as_tensor(info["score"], dtype=torch.float32).view(-1, per_prompt)  # (P, G)
-    return Rollout(
+    scores = torch.full((envs.num_envs, per_prompt), torch.nan)  # (P, G)
+    rollout = Rollout(
         cond=policy.take(cond, torch.arange(envs.num_envs, device=policy.device).repeat_interleave(per_prompt)),
         scenes=list(rows.scenes),
-        grids=[grid for trail in trails for grid in trail.grids],
-        behaviour_logp=[logp for trail in trails for logp in trail.logp],
-        tail_mass=[mass for trail in trails for mass in trail.tail_mass],
-        support=[kept for trail in trails for kept in trail.support],
+        draws=draws,
         scores=scores,
         returns=scores.unsqueeze(2),
-        parts=info["parts"],
-        images=info["image"],
-        words_read=info["words_read"],
-        regions=info["regions"],
+        parts={},
+        images=trail.images,
+        words_read=[[]] * rows.num_envs,
+        reads=False,
+        regions=[np.zeros((0, 4), np.float32)] * rows.num_envs,
         seconds=seconds,
         forks=pairs,
     )
+    return rollout, trail.answer
 
 
 def fork_pairs(fork_at: tuple[int, int] | Forks | None, length: int) -> Forks:
@@ -444,7 +422,7 @@ def collect_in_parts(
     """`collect`, the prompts in several parts: while one is scored by a `RewardPool`, the next is drawn.
 
     The same prompts as in one part, with other noise: the sampler draws for one part after the other. When all are
-    drawn, ``while_scored`` may add to the rollout what needs no scores, which are zeros then. Its time is "ahead", and
+    drawn, ``while_scored`` may add to the rollout what needs no scores, which are NaN then. Its time is "ahead", and
     the time for the reward is what is left of it after that.
 
     Raises:
@@ -457,20 +435,18 @@ def collect_in_parts(
         )
     envs.reset(seed=seed)
     asked = envs.scenes  # kept, as a callback may use the environments in between
-    drawn: list[Rollout] = []
-    deferred: list[Deferred] = []
+    found: list[tuple[Rollout, Future[RewardOutput]]] = []
     for scenes in np.array_split(np.arange(envs.num_envs), min(parts, envs.num_envs)):
         mine = [asked[i] for i in scenes]
-        deferred.append(Deferred(envs.reward))
-        part = resized(envs, len(mine), deferred[-1])
-        drawn.append(collect(policy, part, group_size, decoding, scenes=mine, **more))
-    start = time.perf_counter()
-    rollout = while_scored(drawn[0] if len(drawn) == 1 else Rollout.concatenate(policy, drawn))
-    waiting = time.perf_counter()
-    rollout = rollout.scored(join([part.output() for part in deferred]))
-    rollout.seconds["ahead"] = waiting - start
-    rollout.seconds["reward"] += time.perf_counter() - waiting
-    return rollout
+        part = resized(envs, len(mine))
+        found.append(collect_unscored(policy, part, group_size, decoding, scenes=mine, **more))
+    drawn, answers = zip(*found, strict=True)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "ahead"):
+        rollout = while_scored(drawn[0] if len(drawn) == 1 else Rollout.concatenate(policy, drawn))
+    with timed(rollout.seconds, "reward"):
+        rollout = rollout.scored(join([answer.result() for answer in answers]))
+    return replace(rollout, seconds=rollout.seconds | seconds)
 
 
 @torch.no_grad()
@@ -492,6 +468,14 @@ def act(policy: Policy, observation: dict[str, Any], decoding: Decoding) -> np.n
     return action if np.ndim(observation["scale"]) else action[0]
 
 
+def prompts_of(observation: Mapping[str, Any], scale: int | None = None) -> list[str]:
+    """The prompts of one observation or a batch, arrays or tensors; with ``scale``, of rows that await that grid."""
+    prompts = torch.atleast_2d(torch.as_tensor(observation["prompt"])).cpu().numpy()  # (N, bytes)
+    scales = torch.as_tensor(observation["scale"]).flatten().tolist()  # N
+    rows = [row for row, t in zip(prompts, scales, strict=True) if scale is None or t == scale]
+    return [row.tobytes().rstrip(b"\0").decode() for row in rows]
+
+
 def states_by_scale(policy: Policy, observation: Mapping[str, Any]) -> Iterator[tuple[int, Tensor, Any, list[Tensor]]]:
     """The rows of a batch of observations, arrays or tensors, that await grid t, for each t that occurs.
 
@@ -499,12 +483,12 @@ def states_by_scale(policy: Policy, observation: Mapping[str, Any]) -> Iterator[
     """
     flat = torch.as_tensor(observation["tokens"], device=policy.device)
     flat = flat.view(-1, policy.schedule.total_tokens, policy.tokenizer.depth)  # (N, L, D)
-    prompts = torch.atleast_2d(torch.as_tensor(observation["prompt"])).cpu().numpy()  # (N, bytes)
+    prompts = prompts_of(observation)
     scales = torch.as_tensor(observation["scale"]).flatten().cpu()  # (N,)
     for t in scales.unique().tolist():
         if t >= len(policy.schedule):
             raise ValueError(f"the episode is over, there is no grid {t}: reset the environment")
         rows = (scales == t).nonzero().flatten()
-        cond = policy.encode_prompts([prompts[row].tobytes().rstrip(b"\0").decode() for row in rows.tolist()])
+        cond = policy.encode_prompts([prompts[row] for row in rows.tolist()])
         rows = rows.to(policy.device)
         yield t, rows, cond, [flat[rows, part] for part in policy.schedule.slices[:t]]

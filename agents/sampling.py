@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,6 +56,22 @@ class Draw(NamedTuple):
     logp: Tensor  # (B, n, D) of the tokens under the sampler's distribution; 0 at temperature 0
     tail_mass: Tensor  # (B, n, D) probability that the model, conditional and untruncated, gives to codes outside
     support: Tensor | None  # (B, n, D, V) bool, the codes that could be drawn; None when all
+
+    def take(self, index: Tensor | slice) -> Draw:
+        """That of some rows; an index may repeat, reorder and drop."""
+        return Draw(
+            self.tokens[index],
+            self.logp[index],
+            self.tail_mass[index],
+            None if self.support is None else self.support[index],
+        )
+
+    @staticmethod
+    def join(draws: Sequence[Draw]) -> Draw:
+        """The rows of several draws of the same grid in one."""
+        tokens, logp, tail_mass, support = zip(*draws, strict=True)
+        kept = None if support[0] is None else torch.cat(support)
+        return Draw(torch.cat(tokens), torch.cat(logp), torch.cat(tail_mass), kept)
 
 
 class SharedNoise(NamedTuple):

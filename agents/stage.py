@@ -32,6 +32,7 @@ sample itself in the denominator of eq. 6 and not in the numerator.
 from __future__ import annotations
 
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -169,13 +170,20 @@ class SimilarityAdvantage(Wrapper):
 
     Args:
         agent: the agent, or wrapper, inside.
-        on: what is compared, see `group_similarity`.
-        variant: "paper", or "code" for weights with a mean of one in each group.
     """
 
     min_group_size = 2
 
-    def __init__(self, agent: GRPO | Wrapper, *, on: str = "codes", variant: str = "paper") -> None:
+    def __init__(
+        self,
+        agent: GRPO | Wrapper,
+        *,
+        on: Annotated[str, "what is compared, see `group_similarity`."] = "codes",
+        variant: Annotated[
+            str,
+            '"paper", or "code" for weights with a mean of one in each group.',
+        ] = "paper",
+    ) -> None:
         require_choice(VIEWS, on=on)
         require_choice(VARIANTS, variant=variant)
         super().__init__(agent)
@@ -200,13 +208,24 @@ class SimilarityKL(Wrapper):
 
     Args:
         agent: the agent, or wrapper, inside.
-        a, b: the multiplier of the KL coefficient goes from a, for what is opposite, to a + b; at least 0.
-        on: what is compared, see `group_similarity`.
     """
 
     min_group_size = 2
 
-    def __init__(self, agent: GRPO | Wrapper, *, a: float = 0.5, b: float = 0.5, on: str = "codes") -> None:
+    def __init__(
+        self,
+        agent: GRPO | Wrapper,
+        *,
+        a: Annotated[
+            float,
+            "the multiplier of the KL coefficient goes from a, for what is opposite, to a + b; at least 0.",
+        ] = 0.5,
+        b: Annotated[
+            float,
+            "the multiplier of the KL coefficient goes from a, for what is opposite, to a + b; at least 0.",
+        ] = 0.5,
+        on: Annotated[str, "what is compared, see `group_similarity`."] = "codes",
+    ) -> None:
         require_not_negative(a=a, b=b)
         require_choice(VIEWS, on=on)
         super().__init__(agent)
@@ -234,13 +253,20 @@ class EntropyReward(Wrapper):
 
     Args:
         agent: the agent, or wrapper, inside.
-        entropy_reward: lambda of eq. 12, at least 0, in units of the reward: the paper's is for rewards from 0 to 1.
-        variant: "paper", or "code" to centre the bonus on the group's best.
     """
 
     min_group_size = 2
 
-    def __init__(self, agent: GRPO | Wrapper, *, entropy_reward: float = 0.4, variant: str = "paper") -> None:
+    def __init__(
+        self,
+        agent: GRPO | Wrapper,
+        *,
+        entropy_reward: Annotated[
+            float,
+            "lambda of eq. 12, at least 0, in units of the reward: the paper's is for rewards from 0 to 1.",
+        ] = 0.4,
+        variant: Annotated[str, '"paper", or "code" to centre the bonus on the group\'s best.'] = "paper",
+    ) -> None:
         require_not_negative(entropy_reward=entropy_reward)
         require_choice(VARIANTS, variant=variant)
         super().__init__(agent)

@@ -281,7 +281,9 @@ class Components:
         edge = stats.t.ppf((1 + level) / 2, degrees)
 
         def missed(shift: float) -> float:  # of Student's t with the difference in standard errors as its shift
-            return stats.nct.cdf(edge, degrees, shift) - stats.nct.cdf(-edge, degrees, shift) - (1 - power)
+            inside = stats.nct.cdf([edge, -edge], degrees, shift)
+            inside = np.nan_to_num(inside)  # SciPy gives NaN far out in the tail, where nothing is left inside
+            return float(inside[0] - inside[1]) - (1 - power)
 
         most = 2.0 * edge
         while missed(most) > 0:

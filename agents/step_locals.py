@@ -6,11 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.rollout import Deferred
 from var_env.sb3 import infos_of
 from var_env.vector import VARTextVectorEnv
-
-UNKNOWN = ("score", "parts", "words_read", "confidences", "regions")  # of an image that is still to be scored
 
 
 def step_locals(envs: VARTextVectorEnv) -> dict[str, Any]:
@@ -20,10 +17,10 @@ def step_locals(envs: VARTextVectorEnv) -> dict[str, Any]:
         ``envs``; ``rewards``, float32 ``(N,)``, 0 before the last grid; ``dones``, bool ``(N,)``; ``infos``, a dict a
         row. While a `RewardPool` scores the images, the last rewards are NaN, and the infos hold no ``score``.
     """
-    rows, outcome = envs.num_envs, envs.outcome
-    rewards = np.zeros(rows, np.float32) if outcome is None else outcome["score"].astype(np.float32)
+    rows, outcome, over = envs.num_envs, envs.outcome, envs.t == len(envs.schedule)
     infos = infos_of(outcome or {}, rows)
-    if outcome is not None and isinstance(envs.reward, Deferred):
-        rewards = np.full(rows, np.nan, np.float32)
-        infos = [{name: value for name, value in info.items() if name not in UNKNOWN} for info in infos]
-    return {"envs": envs, "rewards": rewards, "dones": np.full(rows, outcome is not None), "infos": infos}
+    if outcome is not None:
+        rewards = outcome["score"].astype(np.float32)
+    else:
+        rewards = np.full(rows, np.nan if over else 0.0, np.float32)
+    return {"envs": envs, "rewards": rewards, "dones": np.full(rows, over), "infos": infos}

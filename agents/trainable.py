@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch import Tensor
 from agents.common import processes
 from agents.policies.base import Policy
 from agents.restorable import Restorable
+from agents.timing import timed
 
 
 class Trainable(Restorable):
@@ -69,16 +69,22 @@ class Trainable(Restorable):
                 self.optimizer.state[weight] = {k: processes.sharded_like(v, weight) for k, v in values.items()}
 
     @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Counts the time of the ``with`` block to ``seconds``, and logs it as ``time/`` and the phase."""
+        seconds: dict[str, float] = {}
+        with timed(seconds, phase):
+            yield
+        self.seconds += seconds[phase]
+        self.logger.record(f"time/{phase}", seconds[phase])
+
+    @contextmanager
     def updating(self) -> Iterator[None]:
         """Around the learning of an iteration: sets the learning rate, and counts and times the update."""
-        start = time.perf_counter()
-        self._update_learning_rate(self.optimizer)
-        yield
-        self._n_updates += 1
-        elapsed = time.perf_counter() - start
-        self.seconds += elapsed
+        with self.timed("update"):
+            self._update_learning_rate(self.optimizer)
+            yield
+            self._n_updates += 1
         self.logger.record("train/n_updates", self.n_updates)
-        self.logger.record("time/update", elapsed)
 
     def optimizer_step(self, loss: Tensor | None = None) -> float:
         """Sum the gradient over processes, clip it, take the step, move the average; returns the gradient's norm.

@@ -38,7 +38,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -116,14 +116,6 @@ class TreeGRPO(GRPO):
         policy, env: and more keywords, as in `GRPO`. ``advantage_scale="group"`` divides all advantages of a prompt by
             the standard deviation of its G scores, and "batch" all of the batch by one of theirs: what levels weigh
             against each other is as without.
-        forks: before which grids the tree forks, from coarse to fine; each as VMR's ``split``, how many grids come
-            before the fork. One may stand without a tuple.
-        branching: children of the prompt, and of each node at every fork; their product is ``group_size``. ``None``:
-            2 at each fork and the rest at the prompt, so that 8 pictures and one fork are 4 times 2. An only child of
-            the prompt learns nothing.
-        eta: temperature of the soft value, in units of the reward. The larger, the nearer to the mean.
-        baseline: what a node is compared with: "siblings", their mean, or "shrunk", the same drawn towards the baseline
-            of their parent.
     """
 
     def __init__(
@@ -131,10 +123,26 @@ class TreeGRPO(GRPO):
         policy: Any,
         env: Any,
         *,
-        forks: int | str | Sequence[int | str] = "half",
-        branching: Sequence[int] | None = None,
-        eta: float = 1.0,
-        baseline: str = "shrunk",
+        forks: Annotated[
+            int | str | Sequence[int | str],
+            "before which grids the tree forks, from coarse to fine; each as VMR's ``split``, how many grids "
+            "come before the fork. One may stand without a tuple.",
+        ] = "half",
+        branching: Annotated[
+            Sequence[int] | None,
+            "children of the prompt, and of each node at every fork; their product is ``group_size``. ``None``: "
+            "2 at each fork and the rest at the prompt, so that 8 pictures and one fork are 4 times 2. An only "
+            "child of the prompt learns nothing.",
+        ] = None,
+        eta: Annotated[
+            float,
+            "temperature of the soft value, in units of the reward. The larger, the nearer to the mean.",
+        ] = 1.0,
+        baseline: Annotated[
+            str,
+            'what a node is compared with: "siblings", their mean, or "shrunk", the same drawn towards the '
+            "baseline of their parent.",
+        ] = "shrunk",
         group_size: int = 8,
         **grpo: Any,
     ) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -51,21 +51,6 @@ class VMR(GRPO):
 
     Args:
         policy, env: and more keywords, as in `GRPO`.
-        split: the middle step m, how many grids the prefix has: a number of grids, or the resolution in pixels at
-            which the prefix ends, as ``"m_128"`` or a number larger than T; ``"half"`` is half of the picture's. With
-            ``m = T`` there is no suffix, and this is vanilla GRPO. ``"auto"`` looks for m while it learns, below T, by
-            the rule of ``agents/split_rule.py``: where an update gains most, told by the share of the returns' variance
-            that the prefix decides and by the tokens on either side. It needs a K of at least 2.
-        suffix_samples: K, suffixes that estimate the value of a prefix.
-        eta: temperature of the soft value, in units of the reward.
-        suffix_kl_coef: so much of each suffix's KL to the reference, the sum of "k1" over its tokens, is taken off its
-            return before eq. 10. The paper has 0, and then a prefix neither pays for what its suffixes do nor, when
-            they are drawn from the trained policy, has the value of eq. 4. With the weight that the KL has in the
-            objective (``kl_coef`` with ``kl_in="reward"``) and a large eta, two stages have the optimum of the full
-            horizon: see docs/theory.md.
-        prefix_updates, suffix_updates: so many of the one, then so many of the other.
-        alternation: "fine" takes turns as above. "coarse" does all prefix updates of a ``learn()`` and then all suffix
-            updates, in the same proportion: the paper's 300 and 100 of 400.
 
     With ``split="auto"`` it logs ``vmr/split``, the m of the update, and for each m that has been measured
     ``vmr/decided_m``, the share of the variance that the prefix decides, and ``vmr/worth_m``, which the rule compares.
@@ -80,13 +65,32 @@ class VMR(GRPO):
         policy: Any,
         env: Any,
         *,
-        split: int | str = "half",
-        suffix_samples: int = 2,
-        eta: float = 1.0,
-        suffix_kl_coef: float = 0.0,
-        prefix_updates: int = 3,
-        suffix_updates: int = 1,
-        alternation: str = "fine",
+        split: Annotated[
+            int | str,
+            "the middle step m, how many grids the prefix has: a number of grids, or the resolution in pixels "
+            'at which the prefix ends, as ``"m_128"`` or a number larger than T; ``"half"`` is half of the '
+            'picture\'s. With ``m = T`` there is no suffix, and this is vanilla GRPO. ``"auto"`` looks for m '
+            "while it learns, below T, by the rule of ``agents/split_rule.py``: where an update gains most, "
+            "told by the share of the returns' variance that the prefix decides and by the tokens on either "
+            "side. It needs a K of at least 2.",
+        ] = "half",
+        suffix_samples: Annotated[int, "K, suffixes that estimate the value of a prefix."] = 2,
+        eta: Annotated[float, "temperature of the soft value, in units of the reward."] = 1.0,
+        suffix_kl_coef: Annotated[
+            float,
+            'so much of each suffix\'s KL to the reference, the sum of "k1" over its tokens, is taken off its '
+            "return before eq. 10. The paper has 0, and then a prefix neither pays for what its suffixes do "
+            "nor, when they are drawn from the trained policy, has the value of eq. 4. With the weight that the "
+            'KL has in the objective (``kl_coef`` with ``kl_in="reward"``) and a large eta, two stages have the '
+            "optimum of the full horizon: see docs/theory.md.",
+        ] = 0.0,
+        prefix_updates: Annotated[int, "so many of the one, then so many of the other."] = 3,
+        suffix_updates: Annotated[int, "so many of the one, then so many of the other."] = 1,
+        alternation: Annotated[
+            str,
+            '"fine" takes turns as above. "coarse" does all prefix updates of a ``learn()`` and then all suffix '
+            "updates, in the same proportion: the paper's 300 and 100 of 400.",
+        ] = "fine",
         **grpo: Any,
     ) -> None:
         require_at_least(1, suffix_samples=suffix_samples, prefix_updates=prefix_updates, suffix_updates=suffix_updates)
@@ -176,11 +180,11 @@ class VMR(GRPO):
     def while_scored(self, rollout: Rollout) -> Rollout:
         everything, k = range(len(self.policy.schedule)), self.suffix_samples
         if self.stage == "suffix":
-            return self.look_ahead(rollout, everything[self.m :])
+            return self.fill(rollout, everything[self.m :])
         prefixes = rollout.merge(self.policy, k, self.m, lambda returns: returns[..., 0])  # scores are still to come
-        rows = torch.arange(len(prefixes.scenes), device=self.device).repeat_interleave(k)
-        found = self.look_ahead(prefixes, everything[: self.m]).ahead
-        return replace(rollout, ahead=tuple(part.rows(rows) for part in found))  # until `collect` merges the rows
+        prefixes = self.fill(prefixes, everything[: self.m])
+        found = {name: values.repeat_interleave(k, 0) for name, values in prefixes.before_update().items()}
+        return replace(rollout, **found, version=prefixes.version)  # until `collect` merges the rows
 
     @torch.no_grad()
     def suffix_kl(self, pictures: Rollout, m: int) -> Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from agents import Agent, register
 from agents.experiments import compare
@@ -29,10 +29,16 @@ class SoftBest(Agent):
 
     Args:
         policy, env: and more keywords, as in `Agent`.
-        beta: temperature of the softmax, in units of the reward.
     """
 
-    def __init__(self, policy: Any, env: Any, *, beta: float = 0.3, **common: Any) -> None:
+    def __init__(
+        self,
+        policy: Any,
+        env: Any,
+        *,
+        beta: Annotated[float, "temperature of the softmax, in units of the reward."] = 0.3,
+        **common: Any,
+    ) -> None:
         if not beta > 0:
             raise ValueError(f"beta must be above 0, got {beta}")
         self.beta = beta

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -28,10 +29,17 @@ class CoarseFirst(Wrapper):
 
     Args:
         agent: the agent to wrap.
-        updates_per_scale: grid t + 1 joins after ``t * updates_per_scale`` updates.
     """
 
-    def __init__(self, agent: GRPO | Wrapper, *, updates_per_scale: int = 3) -> None:
+    def __init__(
+        self,
+        agent: GRPO | Wrapper,
+        *,
+        updates_per_scale: Annotated[
+            int,
+            "grid t + 1 joins after ``t * updates_per_scale`` updates.",
+        ] = 3,
+    ) -> None:
         super().__init__(agent)
         self.updates_per_scale = updates_per_scale
 

@@ -46,10 +46,11 @@ from tqdm import tqdm
 
 from agents import GRPO
 from agents.experiments.options import Parser, clear_errors
-from agents.experiments.output import table, write_json, write_text
+from agents.experiments.output import require_folder, table, write_json, write_text
 from agents.policies.base import has_bf16
 from agents.policies.var_text import VARTextPolicy
 from agents.rollout import Rollout
+from agents.sampling import Draw
 from agents.testing import random_grids
 from var_env import ScaleSchedule, Tokenizer
 from var_env.scenes import Scene
@@ -94,18 +95,17 @@ def measure(case: Case, device: str) -> int:
 def random_rollout(policy: VARTextPolicy, rows: int) -> Rollout:
     """What an update asks for, the grids drawn uniformly and no picture decoded."""
     grids = [grid.to(policy.device) for grid in random_grids(policy.tokenizer, rows)]
+    zeros = [torch.zeros(grid.shape, device=policy.device) for grid in grids]
     return Rollout(
         cond=policy.encode_prompts([PROMPT] * rows),
         scenes=[Scene(PROMPT, ("KITE", "RUN"))] * rows,
-        grids=grids,
-        behaviour_logp=[torch.zeros(grid.shape, device=policy.device) for grid in grids],
-        tail_mass=[torch.zeros(grid.shape, device=policy.device) for grid in grids],
-        support=[None] * len(grids),
+        draws=[Draw(grid, nothing, nothing, None) for grid, nothing in zip(grids, zeros, strict=True)],
         scores=torch.zeros(1, rows),
         returns=torch.zeros(1, rows, 1),
         parts={},
         images=np.zeros((rows, 1, 1, 3), np.uint8),
         words_read=[[]] * rows,
+        reads=False,
         regions=[np.zeros((0, 4), np.float32)] * rows,
         seconds={},
     )
@@ -180,6 +180,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(*args.rows, *args.sides, *args.codes, args.micro_batch, args.logit_chunk) < 1:
         parser.error("--rows, --sides, --codes, --micro-batch and --logit-chunk must be at least 1")
+    with clear_errors():
+        if not args.measure:  # which writes nothing
+            require_folder(args.out)
     return args
 
 

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents import GRPO, evaluate
+from agents.experiments.options import clear_errors
+from agents.experiments.output import require_folder
 from agents.policies.base import Policy
 from agents.testing import PolicyContract, TopHalf
 from var_env import ScaleSchedule, Tokenizer, VARTextVectorEnv, load_tokenizer
@@ -115,7 +117,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=6400, help="pictures to learn from (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/own-model"), help="folder (default: %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    with clear_errors():
+        require_folder(args.out)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

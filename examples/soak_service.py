@@ -35,7 +35,7 @@ import numpy as np
 
 import rewards
 from agents.experiments.options import Parser, clear_errors
-from agents.experiments.output import table, write_json, write_text
+from agents.experiments.output import require_folder, table, write_json, write_text
 from rewards.serving.client import RewardClient, ServiceError
 from var_env.scenes import World, render
 
@@ -185,6 +185,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.seconds, args.kill_every) <= 0 or min(args.clients, args.workers) < 1:
         parser.error("--seconds, --kill-every, --clients and --workers must be positive")
+    with clear_errors():
+        require_folder(args.out)
     return args
 
 

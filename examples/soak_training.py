@@ -49,7 +49,7 @@ from agents import Agent, CheckpointEvery, Checkpoints, HeldOutEval, StopAfter, 
 from agents.callbacks import AgentCallback
 from agents.experiments.agent_options import add_plugin_option
 from agents.experiments.options import Parser, clear_errors, require_at_least_one
-from agents.experiments.output import table, write_json, write_text
+from agents.experiments.output import require_folder, table, write_json, write_text
 from agents.logs import open_logger
 from agents.policies.var_text import VARTextPolicy
 from agents.saving.folder import state_of
@@ -234,6 +234,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="a folder (default: %(default)s)")
     args = parser.parse_args(argv)
     with clear_errors():
+        require_folder(args.out)
         require_at_least_one(kills=args.kills, length=args.length, updates=args.updates)
         args.agents = args.agents or every_recipe()
         for recipe in [*args.agents, args.memory_agent]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from agents import exact, make, recipes
 from agents.callbacks import AgentCallback, StopAfter
 from agents.experiments.options import Parser, clear_errors
-from agents.experiments.output import table, write_text
+from agents.experiments.output import require_folder, table, write_text
 from agents.policies.table import TablePolicy
 from var_env.tabular import VARTabularVectorEnv
 
@@ -313,7 +313,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--agents", nargs="+", default=everything, metavar="RECIPE", help="such as vmr+panw (default: all there are)"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    with clear_errors():
+        require_folder(args.out)
+        for recipe in args.agents:
+            recipes.parts_of("vmr" if recipe == MENDED else recipe)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

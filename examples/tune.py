@@ -1,17 +1,15 @@
 """Find settings for each agent with the same number of trial runs, on validation prompts.
 
-What it does, and its options, are in agents/experiments/tune.py; ``python examples/tune.py --help`` tells them.
+The same as ``vartext tune``: what it does, and its options, are in agents/experiments/tune.py.
 """
 
 import sys
 
-from var_env.agents_clash import check_agents
-
 if __name__ == "__main__":
     try:
-        check_agents()
-    except ImportError as error:
-        sys.exit(f"error: {error}")
-    from agents.experiments.tune import main
+        from agents.experiments.tune import main
+    except ImportError as error:  # perhaps there is another package of the name
+        from var_env.agents_clash import find_clash
 
+        sys.exit(f"error: {find_clash() or error}")
     sys.exit(main())

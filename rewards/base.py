@@ -2,11 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rewards.invisible import visible
+from rewards.reason import reason
 
 MIN_SIDE = 16  # pixels; smaller images hold no legible text
 
@@ -34,6 +38,7 @@ class RewardOutput:
         regions: per image, the boxes of the text lines or objects found, (n, 4) float32 as x0, y0, x1, y1 in pixels.
         applicable: (B,) bool, where there is a score; everywhere, unless it is given.
         reads: whether the reward looks for words or regions at all, which it does if it gave a list of them.
+        reads_words: whether it looks for words. True with empty lists, when it found none.
     """
 
     scores: NDArray[np.float32]  # (B,)
@@ -43,6 +48,7 @@ class RewardOutput:
     regions: list[NDArray[np.float32]] = field(default_factory=list)
     applicable: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))  # (B,)
     reads: bool = field(init=False)
+    reads_words: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.scores = np.asarray(self.scores, dtype=np.float32)
@@ -57,7 +63,7 @@ class RewardOutput:
             if np.shape(part) != (count,):
                 raise ValueError(f"part {name!r} has shape {np.shape(part)}, expected ({count},) as the scores")
         self.parts = {name: finite(name, part, absent(part)) for name, part in self.parts.items()}
-        self.reads = bool(self.words or self.regions)
+        self.reads, self.reads_words = bool(self.words or self.regions), bool(self.words)
         self.words = self.words or [[] for _ in range(count)]
         self.confidences = self.confidences or [[] for _ in range(count)]
         self.regions = self.regions or [np.zeros((0, 4), np.float32) for _ in range(count)]
@@ -106,13 +112,25 @@ class Reward(ABC):
 
         Raises:
             ValueError: for images or scenes of another form, and for a score that is not finite.
+            RuntimeError: for an exception of a library that says nothing; the message names its class and its line.
         """
         check_images(images)
         self.check_scenes(scenes, len(images))
-        output = self.score(images, scenes)
+        try:
+            output = self.score(images, scenes)
+        except Exception as error:
+            if str(error).strip():
+                raise
+            raise RuntimeError(f"reward {self.name!r} failed: {reason(error)}") from error
         if len(output.scores) != len(images):
             raise ValueError(f"reward {self.name!r} gave {len(output.scores)} scores, not {len(images)}")
         return output
+
+    def submit(self, images: NDArray[np.uint8], scenes: Sequence[HasWords]) -> "Future[RewardOutput]":
+        """Score a batch as calling the reward does. Here the answer is there at once; a pool gives it later."""
+        answer: Future[RewardOutput] = Future()
+        answer.set_result(self(images, scenes))
+        return answer
 
     def check_scenes(self, scenes: Sequence[HasWords], count: int) -> None:
         """Raise ValueError unless there are `count` scenes with what the reward needs; here, with target words."""
@@ -134,12 +152,17 @@ def check_images(images: NDArray[np.uint8]) -> None:
         remedy = "call .cpu().numpy() on a tensor, np.stack on a list of arrays"
         raise ValueError(f"{wanted} as a numpy array, got {type(images).__name__}; {remedy}")
     shape = images.shape
-    if images.ndim == 3:
+    convert = 'convert a file as it is opened: Image.open(FILE).convert("RGB")'
+    if images.ndim == 3 and shape[2] == 3:
         raise ValueError(f"{wanted}, got {shape}; add the batch axis to a single image: images[None]")
     if images.ndim != 4:
-        raise ValueError(f"{wanted}, got {shape}")
+        raise ValueError(f"{wanted}, got {shape}; {convert}, and stack the arrays: np.stack(images)")
     if shape[3] != 3:
-        remedy = {1: "repeat the grey channel: images.repeat(3, axis=-1)", 4: "drop alpha: images[..., :3]"}
+        # One channel may be grey levels or the numbers of a palette's colours, which nothing here can tell apart.
+        remedy = {
+            1: f"repeat the grey channel: images.repeat(3, axis=-1); of a palette, {convert}",
+            4: "drop alpha: images[..., :3]",
+        }
         if shape[1] == 3:
             hint = "move the channels last: images.transpose(0, 2, 3, 1)"
         else:
@@ -174,5 +197,5 @@ def check_scenes(scenes: Sequence[HasWords], count: int) -> None:
         if not words:
             raise ValueError(f"scene {index} has no target words; a text reward needs at least one")
         for word in words:
-            if not isinstance(word, str) or not word.strip():
+            if not isinstance(word, str) or not visible(word).strip():
                 raise ValueError(f"target word {word!r} of scene {index} is not a non-blank string")

@@ -61,9 +61,9 @@ class Combined(Reward):
     Where no reward with a weight applies, the mixture does not apply.
 
     Parts: each reward's score as it gave it, before `normalise`, under its name, as in "ocr", and each of its parts
-    behind a slash, as in "ocr/word_accuracy". Words, confidences and regions are those of the first reward, in the
-    order of `rewards` and whatever its weight, that reads images at all. So name the one that Mask Propagation and the
-    evaluation are to go by before the others.
+    behind a slash, as in "ocr/word_accuracy". Words and confidences are those of the first reward, in the order
+    of `rewards` and whatever its weight, that looks for words, and regions those of the first that reads images at all.
+    So name the one that Mask Propagation and the evaluation are to go by before the others.
 
     Args:
         rewards: the rewards by name.
@@ -157,6 +157,7 @@ class Combined(Reward):
             parts[name] = np.ma.masked_array(output.scores, ~output.applicable)
             for part, values in output.parts.items():
                 parts[f"{name}/{part}"] = np.ma.masked_array(values, np.isnan(values))
-        lists = [(output.words, output.confidences, output.regions) for output in outputs.values() if output.reads]
-        words, confidences, regions = lists[0] if lists else ([], [], [])
+        lists = [(output.words, output.confidences) for output in outputs.values() if output.reads_words]
+        words, confidences = lists[0] if lists else ([], [])
+        regions = next((output.regions for output in outputs.values() if output.reads), [])
         return RewardOutput(scores.astype(np.float32), parts, words, confidences, regions, applicable)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rewards.base import check_images
 from rewards.ocr_engines import TextLine, check_threads, get_engine
+from rewards.reason import reason
 
 VERSIONS = ("PP-OCRv5", "PP-OCRv6")  # those that PaddleOCR offers for onnxruntime
 _INSTALL = (
@@ -172,7 +173,7 @@ def _load(options: dict[str, Any]) -> Any:
         )
     except Exception as error:
         which = f"in {options['det_dir']} and {options['rec_dir']}" if options["det_dir"] else f"({_LOCAL})"
-        raise RuntimeError(f"cannot load PaddleOCR's models {which}: {error}") from error
+        raise RuntimeError(f"cannot load PaddleOCR's models {which}: {reason(error)}") from error
 
 
 def _model_name(folder: Path, version: str | None) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
+from rewards.invisible import visible
+
 _SINGLE_QUOTES = "\u2018\u2019\u201a\u201b\u2032\u2035\u00b4\u0060\u02b9\u02bb\u02bc\u02bd\u2039\u203a"
 _DOUBLE_QUOTES = "\u201c\u201d\u201e\u201f\u2033\u2036\u02ba\u00ab\u00bb\u301d\u301e\u301f"
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2043\u2e3a\u2e3b\ufe31\ufe32\ufe58\ufe63\uff0d"
@@ -18,16 +20,19 @@ _FOLD = str.maketrans(
 
 
 def normalize(text: str) -> str:
-    """The form in which texts are compared: quotes and dashes folded to ASCII, NFKC, casefold. Idempotent."""
+    """The form in which texts are compared: quotes and dashes folded to ASCII, NFKC, casefold. Idempotent.
+
+    Characters that nobody sees, such as zero-width spaces and soft hyphens, are left out.
+    """
     # Folded first, because NFKC would turn an acute accent used as an apostrophe into a space and a mark.
-    folded = unicodedata.normalize("NFKC", text.translate(_FOLD)).translate(_FOLD)
+    folded = unicodedata.normalize("NFKC", visible(text).translate(_FOLD)).translate(_FOLD)
     return unicodedata.normalize("NFKC", folded.casefold())
 
 
 def normalize_targets(targets: Sequence[str]) -> list[str]:
     """The target words after `normalize`. ValueError when there are none, or an empty one."""
-    if isinstance(targets, str) or not targets or not all(targets):
-        raise ValueError(f"target words must be a list of one or more non-empty strings, got {targets!r}")
+    if isinstance(targets, str) or not targets or not all(map(visible, targets)):
+        raise ValueError(f"target words must be a list of one or more strings that show something, got {targets!r}")
     return [normalize(word) for word in targets]
 
 

@@ -312,14 +312,14 @@ def test_the_first_ratios_are_one_and_tokens_weigh_their_bits(parts, support):
     seen = agent.log_probs(agent.policy, rollout, rows, EVERY)
     logits = agent.policy(rollout.cond, rollout.grids, EVERY)  # (8, 21, D, 2)
     if support == "sampler":
-        logits = logits.masked_fill(~torch.cat(rollout.support, 1), -torch.inf)
+        logits = logits.masked_fill(~torch.cat([draw.support for draw in rollout.draws], 1), -torch.inf)
     chosen = torch.distributions.Categorical(logits=logits)
     torch.testing.assert_close(seen.logp, chosen.log_prob(torch.cat(rollout.grids, 1)).sum(-1))
     torch.testing.assert_close(seen.entropy, chosen.entropy().sum(-1))
     weights = agent.token_weights(rollout, EVERY)
     loss, tokens = agent.loss(rollout, rows, torch.ones(8), agent.aggregate(weights, EVERY), None, EVERY)
     assert torch.equal(tokens.ratio, torch.ones(8, 21)) and tokens.kl.shape == (8, 21) and loss.isfinite()
-    sampler = torch.cat(rollout.behaviour_logp, 1)
+    sampler = torch.cat([draw.logp for draw in rollout.draws], 1)
     assert sampler.shape == (8, 21, D)
     if support == "sampler":  # then the gap is rounding alone
         assert tokens.behaviour_gap.abs().max() < 1e-4

@@ -203,7 +203,7 @@ class TestMeasure:
         agent = tiny_agent(parts)
         rollout = agent.sample()
         rollout.cond = agent.policy.take(rollout.cond, torch.arange(4).repeat(2))
-        rollout.grids = [grid[:4].repeat(2, 1, 1) for grid in rollout.grids]
+        rollout.draws = [draw.take(torch.arange(4).repeat(2)) for draw in rollout.draws]
         rollout.scores = torch.stack([rollout.scores[0], sign * rollout.scores[0]])
         torch.testing.assert_close(measure(agent, rollout).reliability, torch.full((T,), float(sign)))
 

@@ -1,16 +1,21 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_envs, tiny_policy
 
+from agents import GRPO, HeldOutEval, evaluation
 from agents.common.pictures import caption, sample_sheet
 from agents.evaluation import bootstrap_interval, evaluate, held_out_scenes
 from agents.policies.var_text import VARTextPolicy
 from agents.rollout import collect
 from agents.sampling import Decoding
 from rewards.base import Reward, RewardOutput
+from rewards.combine import Combined
+from rewards.pool import RewardPool
 from rewards.text_metrics import normalized_edit_distance
-from var_env import World
+from var_env import VARTextVectorEnv, World
 from var_env.scenes import scene_from_prompt, split_of
 
 
@@ -151,6 +156,29 @@ class TestPictures:
             sample_sheet(np.zeros((2, 8, 8, 3), np.uint8), ["a"])
 
 
+def test_who_reads_and_finds_nothing_is_not_asked_again(policy, parts, monkeypatch):
+    """Neither by PP-OCR nor through a pool; a reward of regions alone does not read words."""
+
+    class Blind(Reward):
+        name = "blind"
+
+        def score(self, images, scenes):
+            return RewardOutput(images.mean((1, 2, 3)) / 255, words=[[] for _ in images])
+
+    class Finds(Blind):
+        def score(self, images, scenes):
+            return RewardOutput(images.mean((1, 2, 3)) / 255, regions=[np.zeros((1, 4), np.float32)] * len(images))
+
+    asked = []
+    monkeypatch.setattr(evaluation, "OCRReward", lambda: lambda *given: asked.append(len(given[0])) or Blind()(*given))
+    both = Combined({"finds": Finds(), "blind": Blind()}, {"finds": 1.0, "blind": 1.0})
+    for reward in (Blind(), RewardPool(Blind(), mode="thread"), both):
+        result = evaluate(policy, parts | {"reward": reward}, 3)
+        assert result.words_read == [[], [], []] and result.nothing_read.tolist() == [1, 1, 1] and not asked
+    evaluate(policy, parts | {"reward": RewardPool(Finds(), mode="thread")}, 3)
+    assert asked == [3]
+
+
 def test_a_reward_that_does_not_read_is_read_beside():
     class Mute(Reward):
         name = "mute"
@@ -164,3 +192,36 @@ def test_a_reward_that_does_not_read_is_read_beside():
     assert (mute.images == reading.images).all() and mute.words_read == reading.words_read
     assert mute.word_accuracy.tolist() == reading.word_accuracy.tolist() and mute.word_accuracy.any()
     assert mute.scores.tolist() != reading.scores.tolist()
+
+
+class PlainWorld:
+    """What docs/your-model.md asks for, and nothing else."""
+
+    size, max_prompt_bytes = 64, 40
+
+    def sample(self, rng):
+        return scene_from_prompt(f'a sign that says "{"ABCDEF"[rng.integers(6)]}"', self.size)
+
+
+def test_a_plain_object_is_a_world(parts):
+    envs = VARTextVectorEnv(2, world=PlainWorld(), **parts)
+    assert held_out_scenes(envs.world, 2, seed=3) == held_out_scenes(envs.world, 5, seed=3)[:2]
+    policy = tiny_policy(parts["tokenizer"])
+    agent = GRPO(policy, envs, group_size=2, prompts_per_update=2, seed=0, device="cpu")
+    evaluation = HeldOutEval(every=1, prompts=2)
+    agent.learn(12, evaluation)
+    assert len(evaluation.history) == 2 and evaluate(policy, envs, 2).scores.shape == (2,)
+
+
+@pytest.mark.parametrize("world", [PlainWorld, object(), SimpleNamespace(size=64, max_prompt_bytes="x")])
+def test_no_world(parts, world):
+    with pytest.raises(ValueError, match=r"a world needs size, max_prompt_bytes, sample; .* has no"):
+        VARTextVectorEnv(2, world=world, **parts)
+
+
+@pytest.mark.parametrize("seed", [2**64, -1, 1.5, "1", True])
+def test_seeds_out_of_range(parts, seed):
+    with pytest.raises(ValueError, match=f"seed must be a whole number from 0 to .* got {seed!r}"):
+        evaluate(tiny_policy(parts["tokenizer"]), parts, 1, seed=seed)
+    with pytest.raises(ValueError, match=f"seed must be a whole number from 0 to .* got {seed!r}"):
+        GRPO(tiny_policy(parts["tokenizer"]), None, seed=seed)

@@ -105,10 +105,10 @@ def test_a_run_goes_on_with_its_own_settings_only(weights, module, tmp_path):  #
     agent.set_logger(Logger(None, []))
     agent.learn(10**6, [CheckpointEvery(tmp_path / "run" / "checkpoints", 1), StopAfter(updates=1)])
     agent, step = start(0.8)
-    assert (agent.n_updates, step) == (1, agent.num_timesteps)
-    agent, step = start(1.2)
-    assert (agent.n_updates, step, agent.alpha) == (0, None, 1.2)
-    assert not Checkpoints(tmp_path / "run" / "checkpoints").paths()
+    assert (agent.n_updates, step) == (1, agent.images_decoded)
+    with pytest.raises(ValueError, match=r"holds a run with alpha=0.8, and now it is 1.2: choose another --out"):
+        start(1.2)
+    assert Checkpoints(tmp_path / "run" / "checkpoints").paths()  # nothing is lost
 
 
 def test_the_soak_kills_agents(tmp_path):

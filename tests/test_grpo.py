@@ -110,7 +110,7 @@ class TestUpdate:
         partial = gradients(agent, rollout, advantages, steps)
         assert all(length <= steps.stop and part == steps for length, part in asked)
         # A token after the steps has no influence, even when it is not there.
-        rollout.grids = rollout.grids[: steps.stop]
+        rollout.draws = rollout.draws[: steps.stop]
         assert_same(gradients(agent, rollout, advantages, steps), partial, atol=0, rtol=0)
 
     def test_first_ratio_is_exactly_one_and_first_kl_exactly_zero(self, parts, logged):
@@ -181,7 +181,7 @@ class TestSamplersSupport:
 
         agent.policy.forward = spy
         gradients(agent, rollout, group_advantages(rollout.scores).flatten())
-        support = torch.cat(rollout.support, 1)
+        support = torch.cat([draw.support for draw in rollout.draws], 1)
         assert (seen[0].grad[~support] == 0).all() and seen[0].grad[support].abs().max() > 0
 
     def test_without_truncation_it_is_the_model(self, parts):

@@ -364,7 +364,7 @@ def assert_aligned(agent, rollout):
     steps = range(len(rollout.grids))
     with torch.no_grad():
         logp, _ = agent.policy.evaluate(rollout.cond, rollout.grids, steps)
-    torch.testing.assert_close(logp, torch.cat(rollout.behaviour_logp, 1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logp, torch.cat([draw.logp for draw in rollout.draws], 1), atol=1e-4, rtol=1e-4)
 
 
 def dynamic_agent(parts, useful, dynamic_sampling, cls=GRPO, **options):
@@ -481,9 +481,8 @@ class TestDynamicSampling:
 
 class TestGroups:
     def assert_equal(self, left, right):
-        for name in ("grids", "behaviour_logp", "tail_mass"):
-            for a, b in zip(getattr(left, name), getattr(right, name), strict=True):
-                assert torch.equal(a, b)
+        for a, b in zip(left.draws, right.draws, strict=True):
+            assert all(torch.equal(*parts) for parts in zip(a[:3], b[:3], strict=True))
         for name in ("scores", "returns"):
             assert torch.equal(getattr(left, name), getattr(right, name))
         for a, b in zip(left.cond, right.cond, strict=True):

@@ -1,6 +1,7 @@
 """Drawing a rollout in parts while a pool of workers scores them, and computing ahead while the last one is scored."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -214,32 +215,23 @@ def test_known_rows_stay_with_their_rows(parts):
     some = rollout.groups(agent.policy, torch.tensor([False, True, False, True]))
     both = Rollout.concatenate(agent.policy, [some, rollout])
     for changed in (rollout, some, both, both.rows(agent.policy, torch.tensor([[7, 3], [1, 1]]))):
-        for policy in (agent.policy, agent.reference):
-            known = changed.known("logp", policy, EVERYTHING)
+        for policy, logp in ((agent.policy, changed.old_logp), (agent.reference, changed.ref_logp)):
             rows = torch.arange(len(changed.scenes))
-            torch.testing.assert_close(known, agent.log_probs(policy, changed, rows, EVERYTHING).logp.detach())
-    stranger = tiny_agent(pooled(parts), prompts_per_update=2)  # another policy knows other things
-    mixed = Rollout.concatenate(agent.policy, [rollout, stranger.sample()])
-    assert mixed.known("logp", agent.policy, EVERYTHING) is None and mixed.ahead == ()
+            torch.testing.assert_close(logp, agent.log_probs(policy, changed, rows, EVERYTHING).logp.detach())
+    stranger = tiny_agent(pooled(parts), prompts_per_update=2).sample()  # of a policy with other weights
+    with pytest.raises(AssertionError, match="of one policy"):
+        Rollout.concatenate(agent.policy, [rollout, replace(stranger, version=-1)])
 
 
-def test_nothing_is_known_of_other_steps_or_changed_weights(parts):
+def test_nothing_holds_for_other_steps_or_changed_weights(parts):
     agent = tiny_agent(pooled(parts), PPO, epochs=2, learning_rate=1e-3)
     rollout = agent.sample()
-
-    def known(what="logp", policy=agent.policy, steps=EVERYTHING):
-        return rollout.known(what, policy, steps) is not None
-
-    assert known() and known("features") and known(policy=agent.reference)
-    assert not known(steps=range(2)) and not known("features", agent.reference)
+    assert rollout.before_update().keys() == {"old_logp", "ref_logp", "features"}
+    with pytest.raises(AssertionError, match=r"log-probabilities of \(8, 21\), not \(8, 5\)"):
+        agent.fill(rollout, range(2))
     agent.learn_from(rollout, EVERYTHING)
-    assert not known() and not known("features") and known(policy=agent.reference)
-    torch.testing.assert_close(
-        agent.old_log_probs(rollout, EVERYTHING),
-        agent.log_probs(agent.policy, rollout, torch.arange(8), EVERYTHING).logp.detach(),
-    )
-    agent.reference.load_state_dict(agent.policy.state_dict())
-    assert not known(policy=agent.reference)
+    with pytest.raises(ValueError, match="the weights have changed since"):
+        agent.learn_from(rollout, EVERYTHING)
 
 
 def test_learns_from_a_rollout_twice_as_without_a_pool(parts):
@@ -249,5 +241,5 @@ def test_learns_from_a_rollout_twice_as_without_a_pool(parts):
     for agent in agents:
         rollout = agent.sample()
         agent.learn_from(rollout, EVERYTHING)
-        agent.learn_from(rollout, EVERYTHING)
+        agent.learn_from(replace(rollout, old_logp=None, ref_logp=None, features=None, version=None), EVERYTHING)
     assert_same(*(weights_of(agent.policy) for agent in agents), atol=0, rtol=0)

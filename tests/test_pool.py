@@ -1,5 +1,6 @@
 """The pool of workers: the scores of the reward itself, whoever dies, hangs or raises."""
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -11,6 +12,7 @@ from toy_reward import Broken, Fatal, Toy, assert_same, batch, until
 import rewards
 from rewards.base import Reward, RewardOutput
 from rewards.serving.pool import RewardPool
+from rewards.serving.worker import CannotStart
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,49 @@ def test_a_scene_that_workers_cannot_import_is_an_error(pool):
 
     with pytest.raises((AttributeError, pickle.PicklingError), match="Local"):
         pool(batch(1)[0], [Local()])
+
+
+class Mute(Toy):
+    """Raises what says nothing, or returns what no other process can have."""
+
+    def score(self, images, scenes):
+        if scenes[0].words[0] == "LOCAL":
+            output = RewardOutput(np.zeros(len(images)))
+            output.more = lambda: None
+            return output
+        raise AssertionError
+
+
+def test_what_cannot_come_back_is_an_error_and_no_dead_worker():
+    with RewardPool(Mute(), workers=1) as mute:
+        with pytest.raises(pickle.PicklingError, match=r"what the reward returned cannot be sent .*lambda"):
+            mute(*batch(1, "LOCAL"))
+        assert mute.restarts == 0
+
+
+@pytest.mark.parametrize("mode", ["thread", "process"])
+def test_no_error_is_mute(mode):
+    said = pytest.raises(RuntimeError, match=r"reward 'toy' failed: AssertionError in score, .*test_pool.py:\d+")
+    with RewardPool(Mute(), workers=1, mode=mode) as mute, said:
+        mute(*batch(1))
+
+
+def test_a_reward_that_workers_cannot_import():
+    class Local(Toy):
+        pass
+
+    pool = RewardPool(Local(), workers=2)
+    for _ in range(2):  # and again, since nothing is left of the first try
+        with pytest.raises(CannotStart, match=r"'toy' cannot be pickled .*Local.*top of a module.*mode='thread'"):
+            pool.start()
+    assert pool.pids == []
+
+
+def test_no_processes_in_a_daemon(monkeypatch):
+    """Such as a worker of Gymnasium's AsyncVectorEnv; Python itself says so with an AssertionError."""
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    with pytest.raises(CannotStart, match=r"daemon process, .*AsyncVectorEnv: give the pool mode='thread'"):
+        RewardPool(Toy(), workers=1)(*batch(1))
 
 
 def test_models_that_do_not_load():

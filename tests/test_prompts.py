@@ -135,6 +135,17 @@ class TestLists:
         scenes = [s for split in PromptWorld(tmp_path / name, split="train")._splits.values() for s in split]
         assert {scene.prompt for scene in scenes} == set(lines("json", 1 if "one" in name else 3))
 
+    @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+    @pytest.mark.parametrize("ending", ["\n", "\r\n"])
+    @pytest.mark.parametrize("bom", ["", "\ufeff"])
+    def test_lines_end_at_line_feeds_alone(self, tmp_path, separator, ending, bom):
+        prompts = [f'a {separator} "B{separator}C"', 'a "D"']
+        as_json = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+        for name, rows in (("test.txt", prompts), ("test.jsonl", as_json)):
+            (tmp_path / name).write_bytes((bom + ending.join(rows) + ending).encode())
+            scenes = PromptWorld(tmp_path / name, split="test").scenes
+            assert [scene.prompt for scene in scenes] == prompts[-len(rows) :]
+
     def test_double_quotes_come_first(self, tmp_path):
         (tmp_path / "test.txt").write_text('''The dog's bowl 'Rex' says "Good Boy" and "No"''')
         (scene,) = PromptWorld(tmp_path, split="test").scenes
@@ -199,6 +210,7 @@ class TestWorldOfPrompts:
         assert asked == [("someone/cvtg", "dataset"), ("no/one", "dataset")]
 
 
+JSON_LINES = [json.dumps({"prompt": prompt}) for prompt in lines("json", 50)]
 GOOD = json.dumps({"data_list": [cvtg_entry(0, 2)]})
 
 
@@ -216,7 +228,7 @@ class TestBadFiles:
             ("2.json", GOOD.replace("carrier", "carried"), '2.json, entry 0: needs a "carrier_list".* got None'),
             ("2.json", GOOD.replace(" '", " "), "2.json, entry 0: the prompt names no word"),
             ("test.txt", "", "test.txt holds no prompt"),
-            ("test.txt", 'a "B"\n\na town\'s sign', "test.txt, entry 2: the prompt names no word"),
+            ("test.txt", 'a "B"\n\na town\'s sign', "test.txt, line 3, entry 1: the prompt names no word"),
             ("test.json", '[{"text": "a"}]', 'test.json, entry 0: needs a "prompt"'),
             ("mine.txt", 'a "B"', "holds no prompts: neither CVTG-2K's 2.json to 5.json, nor lists"),
         ],
@@ -233,6 +245,38 @@ class TestBadFiles:
         (tmp_path / "test.zip").write_bytes(b"PK?")
         with pytest.raises(ValueError, match=r"test.zip is no zip file"):
             PromptWorld(tmp_path / "test.zip")
+
+    @pytest.mark.parametrize(
+        ("name", "data", "message"),
+        [
+            (
+                "train.jsonl",
+                [*JSON_LINES[:36], "{bad", *JSON_LINES[36:]],
+                "train.jsonl, line 37, entry 36: is no JSON, ",
+            ),
+            ("train.json", [*JSON_LINES[:2], "", "{bad"], "train.json, line 4, entry 2: is no JSON, "),
+            ("train.jsonl", ["{bad"], "train.jsonl, line 1, entry 0: is no JSON, "),
+            ("train.jsonl", [*JSON_LINES[:2], '{"text": "b"}'], 'train.jsonl, line 3, entry 2: needs a "prompt".*text'),
+            ("train.json", ['{"text": "a \\"B\\""}'], 'train.json, entry 0: needs a "prompt".*text'),
+            ("train.jsonl", ['{"prompt": "a \\ud800 \\"B\\""}'], "entry 0: character 2 of the prompt .*surrogate"),
+            ("train.json", ["[" * 100_000], "neither JSON nor JSON Lines: .*recursion"),
+            ("train.txt", ['a "B"', "", 'a 12" "C"'], 'train.txt, line 3, entry 1: a " right after a digit'),
+        ],
+    )
+    def test_where(self, tmp_path, name, data, message):
+        (tmp_path / name).write_text("\n".join(data))
+        with pytest.raises(ValueError, match=message):
+            PromptWorld(tmp_path)
+
+    def test_utf_16(self, tmp_path):
+        (tmp_path / "train.txt").write_bytes('a "B"'.encode("utf-16"))
+        with pytest.raises(ValueError, match=r"train.txt is no UTF-8 text, but UTF-16: save it as UTF-8"):
+            PromptWorld(tmp_path)
+
+    def test_too_small_for_a_split(self, tmp_path):
+        (tmp_path / "train.txt").write_text("\n".join(lines("small", 3)))
+        with pytest.raises(ValueError, match=r"split 'val': .*of its 3 prompts .* a file val.txt"):
+            PromptWorld(tmp_path).held_out(2, split="val")
 
     def test_both_layouts(self, cvtg):
         (cvtg / "train.txt").write_text('a "B"')

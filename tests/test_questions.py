@@ -239,7 +239,7 @@ class TestSuffixSamples:
             assert table in text and "16 reward calls a batch" in text
         assert table in told.out and is_drawn(tmp_path / "measured.png")
         message = refused(module.main, *options, "--batches", "3")
-        assert "measured with other settings" in message
+        assert "and now it is" in message
 
     def test_signal_and_noise_of_halves_that_agree_and_disagree(self, script, monkeypatch):
         module = script("suffix_samples")

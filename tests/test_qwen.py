@@ -244,7 +244,7 @@ class TestPolicy:
         save_decoder(tmp_path)
         with pytest.raises(ValueError, match=r"has \d+ tokens and the decoder knows 256"):
             tiny(tokenizer, text=(tmp_path / "tokenizer.json").read_text())
-        with pytest.raises(FileNotFoundError, match=r"pretrain\.py policy --policy qwen"):
+        with pytest.raises(FileNotFoundError, match=r"vartext pretrain policy --policy qwen"):
             QwenPolicy.load(None, tokenizer)
 
 

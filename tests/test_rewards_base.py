@@ -10,6 +10,7 @@ import rewards
 from agents.rollout import collect
 from agents.sampling import Decoding
 from rewards.base import Reward, RewardOutput
+from rewards.reason import reason
 from var_env import VARTextVectorEnv
 from var_env.scenes import Scene
 
@@ -130,8 +131,10 @@ def test_an_accidental_nan_is_an_error_even_beside_what_is_not_applicable():
 
 def test_an_output_knows_whether_the_reward_reads():
     assert not RewardOutput(np.zeros(2)).reads
-    assert RewardOutput(np.zeros(2), words=[[], []]).reads  # it looked and found nothing
-    assert RewardOutput(np.zeros(1), regions=[np.zeros((1, 4), np.float32)]).reads
+    blind = RewardOutput(np.zeros(2), words=[[], []])  # it looked and found nothing
+    assert blind.reads and blind.reads_words
+    boxes = RewardOutput(np.zeros(1), regions=[np.zeros((1, 4), np.float32)])
+    assert boxes.reads and not boxes.reads_words
 
 
 class Sometimes(Brightness):
@@ -228,3 +231,20 @@ def test_make_names_what_exists():
 def test_an_option_that_is_missing(name, option):
     with pytest.raises(ValueError, match=f"reward '{name}' needs the option '{option}'"):
         rewards.make(name)
+
+
+def test_an_error_that_says_nothing_gets_a_text():
+    class Mute(Brightness):
+        def score(self, images, scenes):
+            raise TimeoutError
+
+    with pytest.raises(RuntimeError, match=r"'brightness' failed: TimeoutError in score, .*test_rewards_base.py:\d+"):
+        Mute()(IMAGES, scenes(2))
+    assert reason(ValueError("a text")) == "a text" and reason(ValueError()) == "ValueError"
+    assert reason(KeyError("grids")) == "KeyError 'grids'"
+
+
+def test_numbers_of_colours_are_not_to_be_taken_for_grey():
+    for images in (IMAGES[..., :1], IMAGES[..., 0]):
+        with pytest.raises(ValueError, match=r'Image.open\(FILE\).convert\("RGB"\)'):
+            Brightness()(images, scenes(2))

@@ -37,7 +37,7 @@ class TestUnroll:
         scores = (null + decoding.guidance * (logits - null)) / decoding.temperature
         tokens = torch.cat(trail.grids, 1).unsqueeze(-1)
         expected = scores.log_softmax(-1).gather(-1, tokens).squeeze(-1)
-        torch.testing.assert_close(torch.cat(trail.logp, 1), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.cat([draw.logp for draw in trail.draws], 1), expected, atol=1e-4, rtol=1e-4)
 
     def test_in_two_parts_as_in_one(self, policy, parts):
         whole_envs, split_envs = tiny_envs(parts), tiny_envs(parts)
@@ -47,10 +47,10 @@ class TestUnroll:
         generator = seeded()
         first = unroll(policy, split_envs, split_caches, range(2), Decoding(), generator)
         second = unroll(policy, split_envs, split_caches, range(2, 3), Decoding(), generator)
-        assert not first.info
+        assert first.images is None and first.answer is None
         for a, b in zip(whole.grids, first.grids + second.grids, strict=True):
             assert torch.equal(a, b)
-        assert np.array_equal(whole.info["image"], second.info["image"])
+        assert np.array_equal(whole.images, second.images)
 
     def test_forks_of_a_prefix_share_it(self, policy, parts):
         envs = tiny_envs(parts)
@@ -59,18 +59,18 @@ class TestUnroll:
         index = torch.arange(2).repeat_interleave(3)
         forked = envs.fork(3)
         trail = unroll(policy, forked, caches.fork(index), range(1, 3), Decoding(), seeded(1))
-        assert trail.grids[0].shape == (6, 4, 1) and trail.info["score"].shape == (6,)
+        assert trail.grids[0].shape == (6, 4, 1) and trail.answer.result().scores.shape == (6,)
         assert torch.equal(forked.grids[0], envs.grids[0][index])
         # The parent's cache is not used up by its forks.
         again = unroll(policy, envs.fork(3), caches.fork(index), range(1, 3), Decoding(), seeded(1))
         assert all(torch.equal(a, b) for a, b in zip(trail.grids, again.grids, strict=True))
 
-    def test_times_the_reward_and_gives_it_back(self, policy, parts):
+    def test_times_the_phases(self, policy, parts):
         envs = tiny_envs(parts)
         _, caches = begin(policy, envs, Decoding())
         trail = unroll(policy, envs, caches, range(3), Decoding(), seeded())
         assert set(trail.seconds) == {"sampling", "decode", "reward"} and min(trail.seconds.values()) > 0
-        assert envs.reward is parts["reward"] and envs.reward.calls == 1
+        assert envs.reward.calls == 1
 
 
 class TestForkAt:
@@ -102,8 +102,8 @@ class TestForkAt:
         trail = unroll(policy, scratch, caches, range(1, 3), decoding, generator)
         for ours, theirs in zip(trail.grids, tree.grids[1:], strict=True):
             assert torch.equal(ours, theirs)
-        assert np.array_equal(trail.info["image"], tree.images)
-        assert np.array_equal(trail.info["score"], tree.scores.flatten().numpy())
+        assert np.array_equal(trail.images, tree.images)
+        assert np.array_equal(trail.answer.result().scores, tree.scores.flatten().numpy())
 
     def test_every_row_counts_each_step_once(self, policy, parts):
         seen = []
@@ -115,7 +115,7 @@ class TestForkAt:
     def test_merge_makes_rows_of_prefixes(self, policy, tree):
         rows = tree.merge(policy, 2, 1, lambda returns: returns.sum(-1))
         assert rows.suffixes == 2 and rows.returns.shape == (2, 3, 2) and len(rows.scenes) == 6
-        assert [grid.shape for grid in rows.grids] == [(6, 1, 1)] and len(rows.behaviour_logp) == len(rows.support) == 1
+        assert [grid.shape for grid in rows.grids] == [(6, 1, 1)] and len(rows.draws) == 1
         for p in range(2):
             for g in range(3):
                 for k in range(2):
@@ -138,7 +138,7 @@ class TestForkAt:
             assert some.scores[place] == merged.scores.flatten()[row] and some.advantages[new] == row
             assert torch.equal(some.returns[place], merged.returns.flatten(0, 1)[row])
             assert some.scenes[new] == merged.scenes[row] and torch.equal(some.grids[0][new], merged.grids[0][row])
-            assert torch.equal(some.behaviour_logp[0][new], merged.behaviour_logp[0][row])
+            assert torch.equal(some.draws[0].logp[new], merged.draws[0].logp[row])
             assert all(torch.equal(a[new], b[row]) for a, b in zip(some.cond, merged.cond, strict=True))
             assert np.array_equal(some.images[2 * new : 2 * new + 2], merged.images[2 * row : 2 * row + 2])
             assert np.array_equal(
@@ -192,9 +192,10 @@ class TestCollect:
 
     def test_support_is_kept_on_request(self, policy, parts):
         kept = collect(policy, tiny_envs(parts), 2, Decoding(top_k=3), seeded(), keep_support=True)
-        for grid, support in zip(kept.grids, kept.support, strict=True):
+        for grid, _, _, support in kept.draws:
             assert support.shape == (*grid.shape, 32) and support.gather(-1, grid.unsqueeze(-1)).all()
-        assert collect(policy, tiny_envs(parts), 2, Decoding(top_k=3), seeded()).support == [None] * 3
+        plain = collect(policy, tiny_envs(parts), 2, Decoding(top_k=3), seeded())
+        assert [draw.support for draw in plain.draws] == [None] * 3
 
 
 class TestAct:

@@ -12,7 +12,7 @@ from var_env.seeding import as_seed
 from var_env.tabular import TableTokenizer
 
 KINDS = (np.int64, np.uint8, np.int32, lambda seed: np.array(seed))
-BAD = (-1, 2**64, 2**70, 1.0, np.float64(3), "3", None, np.array([1, 2]))
+BAD = (-1, 2**64, 2**70, 1.0, np.float64(3), "3", True, None, np.array([1, 2]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

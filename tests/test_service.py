@@ -88,9 +88,9 @@ def raw(images):
     return {"shape": list(images.shape), "dtype": str(images.dtype), "data": data}
 
 
-def png(image):
+def png(image, **options):
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, "PNG", **options)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -112,6 +112,15 @@ def test_the_scores_are_the_rewards_own(url, count):
 def test_png_files(url):
     images, scenes = batch(3)
     body = {"images": {"png": [png(image) for image in images]}, "scenes": [vars(scene) for scene in scenes]}
+    status, _, content = request(url, "/score", json.dumps(body).encode())
+    assert status == 200
+    assert_same(decode_answer(content, images), Toy()(images, scenes))
+
+
+def test_a_palette_has_its_colours(url):
+    file = Image.fromarray(batch(1)[0][0]).quantize(16)
+    images, scenes = np.asarray(file.convert("RGB"))[None], batch(1)[1]
+    body = {"images": {"png": [png(file)]}, "scenes": [vars(scene) for scene in scenes]}
     status, _, content = request(url, "/score", json.dumps(body).encode())
     assert status == 200
     assert_same(decode_answer(content, images), Toy()(images, scenes))
@@ -214,6 +223,7 @@ def test_images_are_refused_as_the_reward_refuses_them(url, images):
         ({"png": [png(IMAGES[0]), png(IMAGES[1, :, :8])]}, WORDS * 2, "image 0 is 16 x 16 x 3, image 1 is 16 x 8 x 3"),
         ({"png": [png(np.zeros((16, 16, 4), np.uint8))]}, WORDS, r"got \(1, 16, 16, 4\); drop alpha"),
         ({"png": [png(IMAGES[0, :, :, 0])]}, WORDS, r"got \(1, 16, 16, 1\); repeat the grey channel"),
+        ({"png": [png(Image.new("P", (16, 16)), transparency=0)]}, WORDS, r"got \(1, 16, 16, 4\); drop alpha"),
         ({"png": [png(IMAGES[0])[:80]]}, WORDS, "image 0 is no readable PNG file"),
         ({"png": ["!"]}, WORDS, "image 0 is not base64"),
         ({"png": [3]}, WORDS, "image 0 is not base64"),
@@ -296,6 +306,21 @@ def test_other_machines_need_a_token(monkeypatch, capsys):
         assert service.parse(["--reward", "ocr", "--host", host]).token is None
     monkeypatch.setenv("VARTEXT_REWARD_TOKEN", "secret")
     assert service.parse(["--reward", "ocr", "--host", "0.0.0.0"]).token == "secret"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--port", "99999", "a port is a whole number of 0 to 65535, got '99999'"),
+        ("--port", "-1", "a port is a whole number of 0 to 65535, got '-1'"),
+        ("--reward-kwargs", "{threads: 1}", "'{threads: 1}' is no JSON"),
+        ("--reward-kwargs", "[1]", "must be a JSON object"),
+    ],
+)
+def test_malformed_options(option, value, message, capsys):
+    with pytest.raises(SystemExit):
+        service.parse(["--reward", "ocr", f"{option}={value}"])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -245,8 +245,8 @@ class TestSimilarityWrappers:
     def test_equal_pictures_of_opposite_advantage_teach_nothing(self, parts, on):
         agent = SimilarityAdvantage(tiny_agent(parts), on=on)
         rollout = agent.sample()
-        same = [grid[:1].expand_as(grid) for grid in rollout.grids]
-        rollout = replace(rollout, grids=same, advantages=torch.tensor([1.0, -1.0, 2.0, -2.0] * 2))
+        same = [draw.take(torch.zeros(8, dtype=torch.int64)) for draw in rollout.draws]
+        rollout = replace(rollout, draws=same, advantages=torch.tensor([1.0, -1.0, 2.0, -2.0] * 2))
         advantages = agent.token_advantages(rollout, EVERYTHING)
         torch.testing.assert_close(advantages, torch.zeros(8, 21), atol=1e-6, rtol=0)
 

@@ -13,6 +13,7 @@ from agents import exact, make
 from agents.policies.table import TablePolicy
 from agents.registry import BUNDLES, VARIANTS, known, options_in
 from agents.rollout import Rollout
+from agents.sampling import Draw
 from agents.vmr import middle_return
 from agents.wrapper import Wrapper
 from var_env.tabular import VARTabularVectorEnv, every_picture
@@ -43,15 +44,13 @@ def all_pictures(agent, groups=1):
     return Rollout(
         cond=agent.policy.encode_prompts([""] * count),
         scenes=[envs.world.sample(np.random.default_rng(0))] * count,
-        grids=grids,
-        behaviour_logp=nothing,
-        tail_mass=nothing,
-        support=[None] * len(grids),
+        draws=[Draw(grid, zeros, zeros, None) for grid, zeros in zip(grids, nothing, strict=True)],
         scores=scores,
         returns=scores.unsqueeze(2),
         parts={},
         images=np.zeros((count, 1, 1, 3), np.uint8),
         words_read=[[]] * count,
+        reads=False,
         regions=[np.zeros((0, 4), np.float32)] * count,
         seconds={},
     )

@@ -98,7 +98,7 @@ class TestFiles:
         assert not any(p.requires_grad for p in loaded.parameters())
 
     def test_missing(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"no weights at .*nowhere.*pretrain.py tokenizer"):
+        with pytest.raises(FileNotFoundError, match=r"no weights at .*nowhere.*vartext pretrain tokenizer"):
             Tokenizer.load(tmp_path / "nowhere.safetensors")
 
     def test_cut_short(self, tokenizer, tmp_path):

@@ -97,7 +97,7 @@ def assert_same(output, expected):
     """Bit for bit, NaN and all."""
     assert output.parts.keys() == expected.parts.keys()
     assert (output.words, output.confidences) == (expected.words, expected.confidences)
-    assert output.reads == expected.reads
+    assert (output.reads, output.reads_words) == (expected.reads, expected.reads_words)
     np.testing.assert_array_equal(output.scores, expected.scores)
     np.testing.assert_array_equal(output.applicable, expected.applicable)
     for name, values in expected.parts.items():

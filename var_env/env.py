@@ -46,9 +46,10 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
     sampled yet; ``scale``, 0 to T, the grid to be given next; ``prompt``, its UTF-8 bytes padded with zeros, uint8.
 
     **Info**: after a reset, ``prompt`` and ``words`` (the targets). At the end, ``image`` (uint8 ``(S, S, 3)``),
-    ``score``, ``parts`` (the score's terms by name), ``words_read`` with ``confidences`` in [0, 1], ``regions`` (a list
-    of boxes x0 y0 x1 y1 in pixels, float32 ``(4,)``, where text was found) and ``boxes`` (the same for the target
-    words, empty when the episode was started from a prompt).
+    ``score``, ``parts`` (the score's terms by name), ``words_read`` with ``confidences`` in [0, 1], ``reads`` (whether
+    the reward looks for words, or there are none because nobody looked), ``regions`` (a list of boxes x0 y0 x1 y1 in
+    pixels, float32 ``(4,)``, where text was found) and ``boxes`` (the same for the target words, empty when the episode
+    was started from a prompt).
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``: the words that prompts are drawn from.
@@ -120,8 +121,9 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
         Args:
             seed: seeds ``np_random``, from which the world draws, 0 to 2**64 - 1; without it, the generator goes on.
             options: ``{"prompt": str}``, words in double quotes, or ``{"scene": Scene}``. Draws no random number.
+                A prompt unlike the world's gets a :class:`~var_env.unfamiliar.PromptWarning`, once.
         """
-        scenes = mdp.requested_scenes(options, None, self.world.size, self.world.max_prompt_bytes)
+        scenes = mdp.requested_scenes(options, None, self.world.size, self.world.max_prompt_bytes, self.world)
         requested = None if scenes is None else self._start(scenes)
         super().reset(seed=None if seed is None else as_seed(seed))
         self._state = requested or self._start([self.world.sample(self.np_random)])

@@ -22,6 +22,7 @@ from var_env.prompts import PromptWorld
 from var_env.scenes import MAX_PROMPT_BYTES, Scene, World, encode_prompt, scene_from_prompt
 from var_env.tokenizers.base import VisualTokenizer
 from var_env.tokenizers.registry import load_tokenizer
+from var_env.unfamiliar import warn_of_prompt
 
 if TYPE_CHECKING:
     from rewards.base import Reward, RewardOutput
@@ -72,11 +73,16 @@ def step(tokenizer: VisualTokenizer, reward: Reward, state: State | None, action
         ResetNeeded: there is no episode, or it is over.
         ValueError: the action is no grid of this step, or, from the reward, a score is not a finite number.
     """
-    state = require(state)
-    if state.outcome is not None:
-        raise ResetNeeded(f"the episode ended after its {state.t} grids: call reset() before the next step")
-    state = append(tokenizer, state, read_action(tokenizer, state.t, len(state.scenes), action, batched))
+    state = advance(tokenizer, state, action, batched)
     return finish(tokenizer, reward, state) if state.t == len(tokenizer.schedule) else state
+
+
+def advance(tokenizer: VisualTokenizer, state: State | None, action: Any, batched: bool) -> State:
+    """The part of :func:`step` before the score: read the action and append it."""
+    state = require(state)
+    if state.t == len(tokenizer.schedule):
+        raise ResetNeeded(f"the episode ended after its {state.t} grids: call reset() before the next step")
+    return append(tokenizer, state, read_action(tokenizer, state.t, len(state.scenes), action, batched))
 
 
 def require(state: State | None) -> State:
@@ -144,16 +150,26 @@ def require_applicable(output: RewardOutput, scenes: Sequence[Scene]) -> None:
         )
 
 
+def decode(tokenizer: VisualTokenizer, state: State) -> np.ndarray:
+    """The images of all grids so far, ``(N, S, S, 3)`` uint8."""
+    return tokenizer.decode(state.canvas).cpu().numpy()
+
+
 def finish(tokenizer: VisualTokenizer, reward: Reward, state: State) -> State:
     """Decode and score: the state with its outcome. The reward sees to it that scores are finite numbers."""
-    images = tokenizer.decode(state.canvas).cpu().numpy()  # (N, S, S, 3)
-    output = reward(images, state.scenes)
+    images = decode(tokenizer, state)
+    return conclude(state, images, reward(images, state.scenes))
+
+
+def conclude(state: State, images: np.ndarray, output: RewardOutput) -> State:
+    """The state with its outcome: the decoded images ``(N, S, S, 3)`` and what the reward found in them."""
     require_applicable(output, state.scenes)
     outcome = {
         "image": images,
         "score": output.scores,
         "parts": dict(output.parts),
         "words_read": output.words,
+        "reads": np.full(len(images), output.reads_words),
         "confidences": output.confidences,
         "regions": output.regions,
         "boxes": [np.array(scene.boxes, np.float32).reshape(-1, 4) for scene in state.scenes],
@@ -253,13 +269,14 @@ def components(
     prompts: str | Path | None = None,
 ) -> tuple[World, VisualTokenizer, Reward]:
     """The world, the tokenizer and the reward that an environment's arguments name; objects are taken as they are."""
-    if world is None:
-        if prompts is None:
-            world = World(size=size, split=split, regions=regions)
-        else:
-            world = PromptWorld(prompts, size=size, split=split, regions=regions)
-    elif prompts is not None:
+    if world is not None and prompts is not None:
         raise ValueError(f"give world or prompts, not both: got {world!r} and {prompts!r}")
+    if world is not None:
+        check_world(world)
+    elif prompts is None:
+        world = World(size=size, split=split, regions=regions)
+    else:
+        world = PromptWorld(prompts, size=size, split=split, regions=regions)
     if tokenizer is None or isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer.image_size != world.size:
@@ -276,14 +293,29 @@ def components(
     return world, tokenizer, reward
 
 
+def check_world(world: Any) -> None:
+    """``ValueError`` naming what an object lacks that environments ask of a world."""
+    wanted = {"size": "pixels", "max_prompt_bytes": "bytes of the longest prompt", "sample": "sample(rng) -> Scene"}
+    for name, meaning in wanted.items():
+        value = getattr(world, name, None)
+        right = callable(value) if name == "sample" else isinstance(value, int | np.integer)
+        if isinstance(world, type) or not right:
+            raise ValueError(f"a world needs {', '.join(wanted)}; {world!r} has no {name} ({meaning})")
+
+
 def requested_scenes(
-    options: Mapping[str, Any] | None, batch: int | None, size: int, limit: int = MAX_PROMPT_BYTES
+    options: Mapping[str, Any] | None,
+    batch: int | None,
+    size: int,
+    limit: int = MAX_PROMPT_BYTES,
+    world: Any = None,
 ) -> list[Scene] | None:
     """The scenes that the options of a reset ask for, or ``None`` when the world is to draw them.
 
     Args:
         options: ``{"prompt": str}`` or ``{"scene": Scene}``; with ``batch``, ``{"prompts": [...]}`` or
             ``{"scenes": [...]}``, one entry a row.
+        world: warns of prompts that are unlike its own, see ``unfamiliar.py``.
 
     Raises:
         ValueError: an unknown option, both at once, entries of another type or number, a prompt without quoted words.
@@ -305,7 +337,12 @@ def requested_scenes(
         raise ValueError(f"the reset option {name!r} takes {wanted.__name__}, got {wrong[0]!r}")
     if len(values) != (batch or 1):
         raise ValueError(f"the reset option {name!r} needs one entry a row, {batch}; got {len(values)}")
-    return [scene_from_prompt(entry, size, limit) for entry in values] if name == prompt_key else values
+    if name == scene_key:
+        return values
+    scenes = [scene_from_prompt(entry, size, limit) for entry in values]
+    for entry in values:
+        warn_of_prompt(entry, world)
+    return scenes
 
 
 def reject(owner: str, unknown: Mapping[str, Any], known: Collection[str]) -> None:

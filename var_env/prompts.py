@@ -9,7 +9,7 @@ Two layouts, told apart by what a file holds:
   ``CVTG-2K.zip`` of https://huggingface.co/datasets/dnkdnk/CVTG-2K, which is read as it is.
 - Lists: a prompt a line, with the text in double quotes, as Flow-GRPO's ``dataset/ocr/train.txt`` and ``test.txt``
   (https://github.com/yifan123/flow_grpo) and STAGE's ``data/test_ocr.txt``, which is the same file; or a JSON array or
-  JSON Lines of objects with a ``prompt``, as STAGE's program reads ``data/train_ocr_tag.json``
+  JSON Lines, in UTF-8, of objects with a ``prompt``, as STAGE's program reads ``data/train_ocr_tag.json``
   (https://github.com/krennic999/STAGE).
 
 A region is a quoted text of one word or several, except that CVTG-2K counts carriers: nine of its 2,000 prompts have a
@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -35,6 +35,8 @@ from var_env.scenes import Scene, World, quoted_words, region_profile, split_of
 FILE_PROMPT_BYTES = 512  # CVTG-2K's longest prompt has 462 bytes, that of Flow-GRPO's test list 355
 LISTS = (".txt", ".json", ".jsonl")
 _SPLIT = re.compile(r"(train|val|test)(?![a-z])")  # how the name of a list begins that is of one split
+_COMBINED = re.compile(r"\d+_combined")
+_LINE_END = re.compile(r"\r\n|\n|\r")  # of a text file; U+2028 and the like are part of a line, as editors have it
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -72,8 +74,8 @@ class PromptWorld(World):
 
     Raises:
         OSError: no such file, or the hub does not give the dataset.
-        ValueError: a file that cannot be read, with its name and the entry; files of both layouts; a split or a number
-            of regions that the files do not have.
+        ValueError: a file that cannot be read, with its name, the line and the entry; files of both layouts; a split
+            or a number of regions that the files do not have.
 
     Example:
         >>> world = PromptWorld("dnkdnk/CVTG-2K", size=256, split="test", regions="target")  # doctest: +SKIP
@@ -99,7 +101,14 @@ class PromptWorld(World):
     def _scenes_of(self, split: str) -> list[PromptScene]:
         if split not in self._splits:
             names = ", ".join(sorted(self._splits))
-            raise ValueError(f"{self.source} has no prompts of the split {split!r}: choose one that it has, {names}")
+            message = f"{self.source} has no prompts of the split {split!r}: choose one that it has, {names}"
+            if self.layout == "list":
+                count = sum(map(len, self._splits.values()))
+                message += (
+                    f"; of its {count} prompts a hash put none there, for which some fifty are enough: give more, or a "
+                    f"folder that has a file {split}.txt beside train.txt"
+                )
+            raise ValueError(message)
         scenes = self._splits[split]
         if self._profile is None:
             return scenes
@@ -121,11 +130,11 @@ def read_prompts(source: str | Path, size: int) -> tuple[str, dict[str, list[Pro
     cvtg: list[PromptScene] = []
     lists: dict[str, list[PromptScene]] = {}
     for name, data in prompt_files(source):
-        entries = parse(name, data)
-        if isinstance(entries, dict):
-            cvtg += cvtg_scenes(name, entries["data_list"], size)
+        content = parse(name, data)
+        if isinstance(content, dict):
+            cvtg += cvtg_scenes(name, content["data_list"], size)
         else:
-            lists[name] = list_scenes(name, entries, size)
+            lists[name] = list_scenes(name, content, size)
     if cvtg and lists:
         raise ValueError(f"{source} holds files of CVTG-2K and lists, such as {min(lists)}: give one of the two")
     return ("cvtg", {"test": cvtg}) if cvtg else ("list", arrange(lists))
@@ -208,28 +217,69 @@ def download(name: str) -> Path:
 # Entries -------------------------------------------------------------------------------------------------------------
 
 
-def parse(name: str, data: bytes) -> dict[str, Any] | list[Any]:
-    """A file of CVTG-2K as its dict, a list as its entries, each a prompt or a dict."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is no UTF-8 text: {error}") from error
+class Entry(NamedTuple):
+    """An entry of a list, and where it stands, for messages: ``"train.txt, line 3, entry 1"``."""
+
+    where: str
+    value: Any
+
+
+def parse(name: str, data: bytes) -> dict[str, Any] | list[Entry]:
+    """A file of CVTG-2K as its dict, a list as its entries, each a prompt or a dict. Entries count from 0."""
+    text = decode(name, data)
     if PurePosixPath(name).suffix not in (".json", ".jsonl"):
-        return text.splitlines()
+        return entries_of_lines(name, _LINE_END.split(text))
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
-        try:
-            content = [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError:
-            raise ValueError(f"{name} is neither JSON nor JSON Lines: {error}") from error
-    if isinstance(content, dict) and "prompt" in content:
-        content = [content]  # JSON Lines of one line
-    if isinstance(content, dict) and "data_list" not in content:
+    except (json.JSONDecodeError, RecursionError) as error:
+        return json_lines(name, text, error)
+    if isinstance(content, dict) and "data_list" in content:
+        return content
+    if _COMBINED.fullmatch(PurePosixPath(name).stem) or (isinstance(content, dict) and all(map(str.isdigit, content))):
         raise ValueError(f'{name} has no "data_list": of CVTG-2K give 2.json and so on, not 2_combined.json')
-    if not isinstance(content, dict | list):
+    if isinstance(content, dict):
+        content = [content]  # JSON Lines of one line
+    if not isinstance(content, list):
         raise ValueError(f"{name} holds neither CVTG-2K's data_list nor an array of prompts, but {content!r:.80}")
-    return content
+    return [Entry(f"{name}, entry {number}", entry) for number, entry in enumerate(content)]
+
+
+def decode(name: str, data: bytes) -> str:
+    """UTF-8, with a byte order mark or without."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "of another encoding"
+        raise ValueError(
+            f"{name} is no UTF-8 text, but {kind}: save it as UTF-8 (line {line}, byte {error.start}: {error.reason})"
+        ) from error
+
+
+def entries_of_lines(name: str, lines: Sequence[str]) -> list[Entry]:
+    """The lines that are not blank, with their numbers, which count from 1."""
+    rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    return [Entry(f"{name}, line {number}, entry {entry}", line) for entry, (number, line) in enumerate(rows)]
+
+
+def json_lines(name: str, text: str, error: Exception) -> list[Entry]:
+    """The entries of JSON Lines, which end at a line feed and nowhere else: strings may hold U+2028.
+
+    Args:
+        error: what is wrong with the text as one JSON value.
+    """
+    entries = []
+    for where, line in entries_of_lines(name, text.split("\n")):
+        try:
+            entries.append(Entry(where, json.loads(line)))
+        except (json.JSONDecodeError, RecursionError) as wrong:
+            if not entries and PurePosixPath(name).suffix == ".json":  # no line is JSON: one value was meant
+                raise ValueError(f"{name} is neither JSON nor JSON Lines: {error}") from error
+            what = (
+                f"{wrong.msg} at column {wrong.colno}" if isinstance(wrong, json.JSONDecodeError) else "nested too deep"
+            )
+            raise ValueError(f"{where}: is no JSON, {what}: {line!r:.80}") from wrong
+    return entries
 
 
 def cvtg_scenes(name: str, entries: Any, size: int) -> list[PromptScene]:
@@ -238,21 +288,22 @@ def cvtg_scenes(name: str, entries: Any, size: int) -> list[PromptScene]:
         raise ValueError(f'the "data_list" of {name} must be an array of one entry or more, got {entries!r:.80}')
     scenes = []
     for number, entry in enumerate(entries):
-        prompt = prompt_of(f"{name}, entry {number}", entry)
+        where = f"{name}, entry {number}"
+        prompt = prompt_of(where, entry)
         carriers = entry.get("carrier_list")
         if not isinstance(carriers, list) or not carriers:
-            raise ValueError(f'{name}, entry {number}: needs a "carrier_list", one a region, got {carriers!r:.80}')
-        scenes.append(PromptScene(prompt, words_of(name, number, prompt), size=size, regions=len(carriers)))
+            raise ValueError(f'{where}: needs a "carrier_list", one a region, got {carriers!r:.80}')
+        scenes.append(PromptScene(prompt, words_of(where, prompt), size=size, regions=len(carriers)))
     return scenes
 
 
-def list_scenes(name: str, entries: Sequence[Any], size: int) -> list[PromptScene]:
-    """The scenes of a list of prompts, or of objects that have one; empty lines are left out."""
+def list_scenes(name: str, entries: Sequence[Entry], size: int) -> list[PromptScene]:
+    """The scenes of a list of prompts, or of objects that have one; blank prompts are left out."""
     scenes = []
-    for number, entry in enumerate(entries):
-        prompt = entry.strip() if isinstance(entry, str) else prompt_of(f"{name}, entry {number}", entry)
+    for where, entry in entries:
+        prompt = entry.strip() if isinstance(entry, str) else prompt_of(where, entry)
         if prompt:
-            words = words_of(name, number, prompt)
+            words = words_of(where, prompt)
             scenes.append(PromptScene(prompt, words, size=size, regions=count_regions(prompt)))
     if not scenes:
         raise ValueError(f"{name} holds no prompt")
@@ -266,8 +317,8 @@ def prompt_of(where: str, entry: Any) -> str:
     return prompt
 
 
-def words_of(name: str, number: int, prompt: str) -> tuple[str, ...]:
+def words_of(where: str, prompt: str) -> tuple[str, ...]:
     try:
         return quoted_words(prompt)
     except ValueError as error:
-        raise ValueError(f"{name}, entry {number}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error

@@ -15,17 +15,25 @@ splits ``train``, ``val`` and ``test``, by a hash of its letters, so no seed can
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
-import re
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from string import ascii_uppercase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from var_env.quotes import check_text, quoted_texts, quoted_words
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["quoted_texts", "quoted_words"]  # for those who look for them here
 
 MAX_PROMPT_BYTES = 192  # of this world's prompts, and what the shipped policy reads; other worlds may have other limits
 LATTICE = 8  # px; glyph cells start on multiples of it
@@ -44,8 +52,6 @@ TEMPLATES = (
     "{words} in {ink} on a {ground} wall",
     "A {ground} poster with the text {words} in {ink}",
 )
-_QUOTED = re.compile(r'"([^"]*)"')
-_SINGLE_QUOTED = re.compile(r"(?<!\w)'(.+?)'(?!\w)")  # an apostrophe has letters on both sides
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,12 @@ class World:
     """
 
     max_prompt_bytes = MAX_PROMPT_BYTES
+    _made_with: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        world = super().__new__(cls)
+        world._made_with = (arguments, options)  # for `of_split`, whatever a subclass's constructor takes
+        return world
 
     def __init__(
         self,
@@ -129,9 +141,32 @@ class World:
 
     def held_out(self, count: int, seed: int = 0, split: str = "test") -> list[Scene]:
         """``count`` scenes of another split; the first ones are the same whatever the count."""
-        rng = np.random.default_rng(seed)
-        other = World(size=self.size, split=split, regions=self.regions)
-        return [other.sample(rng) for _ in range(count)]
+        return drawn(self.of_split(split), count, seed)
+
+    def of_split(self, split: str) -> Self:
+        """This world with another split: of the same class, made with the same arguments.
+
+        A subclass whose constructor has no ``split`` is copied, and the copy's ``split`` is set; it has to look at it
+        when it samples, or to override this.
+
+        Raises:
+            ValueError: an unknown split.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+        arguments, options = self._made_with
+        bound = inspect.signature(type(self).__init__).bind(self, *arguments, **options)
+        names = bound.signature.parameters
+        extra = next((name for name, p in names.items() if p.kind is p.VAR_KEYWORD), None)
+        if "split" in names:
+            bound.arguments["split"] = split
+        elif extra is not None:
+            bound.arguments[extra] = {**bound.arguments.get(extra, {}), "split": split}
+        else:
+            other = copy.copy(self)
+            other.split, other._words = split, word_list(split, self.max_letters)
+            return other
+        return type(self)(*bound.args[1:], **bound.kwargs)
 
     def _sample_word(self, rng: np.random.Generator) -> str:
         """A listed word or, half of the time, random letters whose hash falls into this split."""
@@ -163,6 +198,12 @@ class World:
         return [int(cuts[line]) + line * (height + apart) for line in range(lines)]
 
 
+def drawn(world: Any, count: int, seed: int) -> list[Scene]:
+    """``count`` scenes that a world's ``sample`` draws; the first ones are the same whatever the count."""
+    rng = np.random.default_rng(seed)
+    return [world.sample(rng) for _ in range(count)]
+
+
 def region_profile(regions: Mapping[Any, float] | str) -> dict[int, float]:
     """A profile of counts and their probabilities as a new dict; keys may be strings, as JSON has them.
 
@@ -192,22 +233,9 @@ def render(scene: Scene) -> np.ndarray:
     return np.rint(ground + coverage * (ink - ground)).astype(np.uint8)
 
 
-def quoted_texts(prompt: str) -> list[str]:
-    """What stands in double quotes, in order, or where there are none in single ones; blank quotes are left out."""
-    texts = [text for text in _QUOTED.findall(prompt) if text.strip()]
-    return texts or [text for text in _SINGLE_QUOTED.findall(prompt) if text.strip()]
-
-
-def quoted_words(prompt: str) -> tuple[str, ...]:
-    """The words in quotes, in order; text in quotes is split at white space."""
-    words = tuple(word for text in quoted_texts(prompt) for word in text.split())
-    if not words:
-        raise ValueError(f'the prompt names no word in double quotes, such as A sign that says "RUN": {prompt!r}')
-    return words
-
-
 def encode_prompt(prompt: str, limit: int = MAX_PROMPT_BYTES) -> np.ndarray:
-    """UTF-8 bytes, padded with zeros: uint8 ``(limit,)``. ``ValueError`` when the prompt is too long."""
+    """UTF-8 bytes, padded with zeros: uint8 ``(limit,)``. ``ValueError`` when the prompt is too long or no text."""
+    check_text(prompt)
     data = prompt.encode()
     if len(data) > limit:
         raise ValueError(f"the prompt has {len(data)} bytes, at most {limit} fit: {prompt!r}")

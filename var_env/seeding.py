@@ -19,7 +19,7 @@ def as_seed(seed: Any, name: str = "seed") -> int:
         ValueError: another value.
     """
     try:
-        number = operator.index(seed)
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
     except TypeError:
         number = -1
     if not 0 <= number < LIMIT:

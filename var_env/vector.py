@@ -21,7 +21,7 @@ from var_env.seeding import as_seed
 from var_env.tokenizers.base import VisualTokenizer
 
 if TYPE_CHECKING:
-    from rewards.base import Reward
+    from rewards.base import Reward, RewardOutput
 
 
 class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
@@ -149,7 +149,9 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
         mask = options.pop("reset_mask", None)
         if mask is not None and not (np.shape(mask) == (self.num_envs,) and np.all(mask)):
             raise ValueError(f"reset_mask must be true for all {self.num_envs} rows: they run in lockstep")
-        requested = mdp.requested_scenes(options, self.num_envs, self.world.size, self.world.max_prompt_bytes)
+        requested = mdp.requested_scenes(
+            options, self.num_envs, self.world.size, self.world.max_prompt_bytes, self.world
+        )
         state = None if requested is None else self._start(requested)
         self._seed(seed)
         self._state = state or self._start([self.world.sample(rng) for rng in self._generators])
@@ -184,6 +186,18 @@ class VARTextVectorEnv(VectorEnv[dict[str, np.ndarray], Any, np.ndarray]):
         rewards = np.zeros(self.num_envs) if state.outcome is None else state.outcome["score"].astype(np.float64)
         terminations, truncations = np.full(self.num_envs, over), np.zeros(self.num_envs, np.bool_)
         return mdp.observe(state), rewards, terminations, truncations, dict(state.outcome or {})
+
+    def advance(self, actions: Any) -> None:
+        """Append one grid to every row as :meth:`step` does, and score nothing, for a reward that answers later."""
+        self._state = mdp.advance(self.tokenizer, self._state, actions, batched=True)
+
+    def conclude(self, images: np.ndarray, output: RewardOutput) -> None:
+        """End the episodes with what the reward answered for the decoded images, ``(N, S, S, 3)``."""
+        self._state = mdp.conclude(mdp.require(self._state), images, output)
+
+    def decode(self) -> np.ndarray:
+        """The images of the grids so far, ``(N, S, S, 3)`` uint8."""
+        return mdp.decode(self.tokenizer, mdp.require(self._state))
 
     def render(self) -> tuple[Any, ...] | None:
         """One frame a row, as the single environment renders it."""

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rewards.reason import reason
+
 ClassT = TypeVar("ClassT", bound=type)
 
 
@@ -34,7 +36,7 @@ class Weights(dict[str, Tensor]):
 def save_module(module: nn.Module, path: str | Path, half: bool = False) -> None:
     """Write a module's state dict, with its ``config`` in the metadata, to one safetensors file.
 
-    When the module has a ``tokenizer``, as policies do, the file also says which, by its `fingerprint`.
+    When the module has a ``tokenizer``, as policies do, the file says which, by `fingerprint` and `form_of`.
 
     ``half`` stores floating-point weights as bfloat16.
 
@@ -49,7 +51,31 @@ def save_module(module: nn.Module, path: str | Path, half: bool = False) -> None
     tokenizer = getattr(module, "tokenizer", None)
     if isinstance(tokenizer, nn.Module):
         metadata["tokenizer"] = fingerprint(tokenizer)
+        metadata["tokenizer_form"] = json.dumps(form_of(tokenizer))
     write_tensors(path, weights, metadata)
+
+
+def form_of(tokenizer: Any) -> dict[str, Any]:
+    """The class and the form of a tokenizer, which a policy's weights have to fit, as JSON has it."""
+    grids = [list(grid) for grid in tokenizer.schedule.grids]
+    form = {"grids": grids, "vocab_size": tokenizer.vocab_size, "depth": tokenizer.depth}
+    return {"class": type(tokenizer).__name__, **form}
+
+
+def check_form(path: str | Path, tokenizer: Any, maker: str) -> None:
+    """``ValueError`` saying what differs when the policy in a file was trained on a tokenizer of another form.
+
+    It comes before the policy is made, which may fail on another form. That a tokenizer of the same form is the very
+    one, `load_weights` checks.
+    """
+    written = json.loads(read_metadata(path, maker).get("tokenizer_form", "null"))
+    if written is not None and written != (given := form_of(tokenizer)):
+        name = next(name for name, value in written.items() if given[name] != value)
+        raise ValueError(
+            f"the policy in {path} belongs to a {written['class']} with {name} {written[name]!s:.80}, and the one "
+            f"given is a {given['class']} with {name} {given[name]!s:.80}: give the tokenizer that it was "
+            "trained on, with --tokenizer FILE or load_policy(FILE, tokenizer)"
+        )
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -99,6 +125,9 @@ def load_config_and_weights(path: str | Path, maker: str) -> tuple[dict, Weights
 
 def read_metadata(path: str | Path, maker: str) -> dict[str, str]:
     """The metadata of a safetensors file, with the errors of `load_config_and_weights`."""
+    if Path(path).is_dir():
+        files = ", ".join(sorted(file.name for file in Path(path).glob("*.safetensors"))) or "none"
+        raise FileNotFoundError(f"{path} is a folder: give one .safetensors file; it has {files}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}: give the path of a .safetensors file, or make one with {maker}")
     try:
@@ -124,7 +153,14 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Pa
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"the weights in {source} do not fit their own configuration: {error}") from error
+        wrong = [line.strip() for line in str(error).splitlines()[1:]] or [reason(error)]
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        owner = "their own configuration"
+        if tokenizer is not None:
+            owner += (
+                f" on this {type(tokenizer).__name__}: give the tokenizer that they were trained on, --tokenizer FILE"
+            )
+        raise ValueError(f"the weights in {source} do not fit {owner}: {wrong[0]}{more}") from error
 
 
 def saved_class(path: str | Path, base: ClassT, homes: Mapping[str, str], maker: str) -> ClassT:
@@ -137,7 +173,11 @@ def saved_class(path: str | Path, base: ClassT, homes: Mapping[str, str], maker:
     Raises:
         FileNotFoundError, ValueError: as `load_config_and_weights`; the class is not known.
     """
-    name: Any = read_metadata(path, maker).get("class", next(iter(homes)))
+    metadata = read_metadata(path, maker)
+    name: Any = metadata.get("class", next(iter(homes)))
+    kind, wanted = kind_of(metadata), "tokenizer" if base.__name__.endswith("Tokenizer") else "policy"
+    if kind != wanted:
+        raise ValueError(f"{path} holds a {kind} and no {wanted}: give it as --{kind}, and a {wanted} as --{wanted}")
     if name in homes:
         return getattr(importlib.import_module(homes[name]), name)
     for known in _family(base):
@@ -147,6 +187,13 @@ def saved_class(path: str | Path, base: ClassT, homes: Mapping[str, str], maker:
         f"{path} holds a {name}, which is not known here: import the module that defines it (--plugin FILE does), or "
         f"give a file of {', '.join(homes)}"
     )
+
+
+def kind_of(metadata: Mapping[str, str]) -> str:
+    """What a file holds, ``"policy"`` or ``"tokenizer"``, by its class, or without one by its configuration."""
+    if "class" in metadata:
+        return "tokenizer" if metadata["class"].endswith("Tokenizer") else "policy"
+    return "tokenizer" if "grids" in json.loads(metadata.get("config", "{}")) else "policy"
 
 
 def _family(base: type) -> Iterator[type]:

@@ -34,3 +34,10 @@ def require_groups(part: type, group_size: int) -> None:
             f"{part.__name__} compares the images of a prompt with each other and needs a group_size of at least "
             f"{least}, got {group_size}: alone, an image teaches nothing. Give more, or an agent without groups, ppo"
         )
+
+
+def require_above(least: float, **options: float | None) -> None:
+    """``ValueError`` naming the first option that is neither ``None`` nor above ``least``."""
+    for name, value in options.items():
+        if value is not None and not value > least:
+            raise ValueError(f"{name} must be above {least:g}, got {value}")

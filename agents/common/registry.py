@@ -62,7 +62,7 @@ AGENTS: Registry[type] = Registry("agent")  # algorithms and wrappers
 def register(name: str) -> Callable[[U], U]:
     """A class decorator: the agent or `Wrapper` is known to `agents.make`, and to ``--agents``, by this name.
 
-    Its options are the keywords of its constructor, with their defaults, and the first line of its docstring is what
-    lists say of it.
+    Its options are the keywords of its constructor, with their defaults, and ``--help-all`` tells what
+    ``Annotated[float, "what it does"]`` says of one. The first line of its docstring is what lists say of it.
     """
     return AGENTS.register(name)

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agents.experiments.options import Parser, clear_errors
+from agents.experiments.output import require_folder
 from agents.experiments.run_options import Preset, add_run_options, finish
 
 TABLES = ("m", "alpha", "mp", "alternation", "k")  # see `ablations.TABLES`
@@ -48,6 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_run_options(parser, {"ablate": PRESET})
     args = parser.parse_args(argv)
     with clear_errors():
+        require_folder(args.out)
         finish(args, PRESET)
         unknown = [name for name in args.tables if name not in TABLES]
         if unknown:

@@ -8,13 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from agents.evaluation import bootstrap_interval
-from agents.experiments import report
+from agents.experiments import figures
 from agents.experiments.agent_options import settings_of
+from agents.experiments.cells import METRICS as TITLES
 from agents.experiments.cells import Cell, Result
 from agents.experiments.options import clear_errors
 from agents.experiments.output import table, write_json, write_text
 from agents.experiments.runs import Comparison
+from agents.experiments.tables import scores_of, setting_list, strata_of, with_interval
+from agents.statistics import estimate
 from var_env import ScaleSchedule
 
 METRICS = ("reward", "word_accuracy", "ned")
@@ -179,14 +181,14 @@ class Line(NamedTuple):
 
 def markdown(column: str, base: Result, lines: Sequence[Line]) -> str:
     """Ours and the paper's side by side."""
-    scores = [report.with_interval(base["metrics"][metric]) for metric in METRICS]
+    scores = [with_interval(base["metrics"][metric]) for metric in METRICS]
     rows = [["base policy", "", "0", *scores, *paper_columns(PAPER_BASE)]]
     for row, runs in lines:
         seeds = ", ".join(f"{run['seed']}" + " (interrupted)" * (not run["finished"]) for run in runs)
         updates = sum(run["budget"]["updates"] for run in runs) / len(runs)
-        scores = [report.with_interval(bootstrap_interval(report.pooled(runs, metric))) for metric in METRICS]
+        scores = [with_interval(estimate(scores_of(runs, metric), strata=strata_of(base))) for metric in METRICS]
         rows.append([row.name, seeds, f"{updates:.0f}", *scores, *paper_columns(row.paper)])
-    ours = [column, "Seeds", "Updates", *(report.METRICS[metric] for metric in METRICS)]
+    ours = [column, "Seeds", "Updates", *(TITLES[metric] for metric in METRICS)]
     return table([*ours, f"Paper: {column}", "Word Accuracy", "NED"], rows)
 
 
@@ -209,7 +211,7 @@ def write_report(comparison: Comparison, base: Result, found: dict[str, list[Lin
         printed += [title, markdown(shown.column, base, lines)]
         text += [title, shown.about, printed[-1], f"![{shown.title}: curves on validation prompts]({name}.png)"]
         legend = {line.runs[0]["agent"]: f"{shown.column} = {line.row.name}" for line in lines}
-        report.draw_curves(
+        figures.draw_curves(
             out / f"{name}.png",
             out,
             [run for line in lines for run in line.runs],
@@ -217,7 +219,7 @@ def write_report(comparison: Comparison, base: Result, found: dict[str, list[Lin
             legend,
         )
     text += ["## Tokens per step (Figure 1)", "![Tokens of every step, ours and the paper's](tokens_per_step.png)"]
-    text += ["## Settings", report.setting_list(described)]
+    text += ["## Settings", setting_list(described)]
     write_text(out / "results.md", "\n\n".join(text) + "\n")
     return "\n\n".join(printed)
 
@@ -232,7 +234,7 @@ def run(args: argparse.Namespace) -> int:
         others = {cell for rows in cells.values() for row in rows for cell in row} - {*plan}
         earlier = {cell: result for cell in others if (result := comparison.finished(cell)) is not None}
         theirs = ScaleSchedule.nextflow(1024)
-        report.draw_tokens(args.out / "tokens_per_step.png", {"VARText": schedule, "NextFlow, 1024 px": theirs})
+        figures.draw_tokens(args.out / "tokens_per_step.png", {"VARText": schedule, "NextFlow, 1024 px": theirs})
 
     def write(base: Result, results: list[Result]) -> str:
         known = {(result["agent"], result["seed"]): result for result in (*earlier.values(), *results)}

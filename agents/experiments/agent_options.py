@@ -6,11 +6,10 @@ import argparse
 import importlib
 import importlib.util
 import inspect
-import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_origin
 
 from agents import recipes
 from agents.experiments.options import Parser, clear_errors, option_of, value_like
@@ -62,24 +61,28 @@ def own_options(part: type) -> dict[str, Any]:
     return {name: value for name, value in recipes.options_of(part).items() if name not in general}
 
 
-def documented(part: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of each option, under "Args:"."""
+def help_of(part: type) -> dict[str, str]:
+    """What the constructors of a class and its bases say of each option: the text of its ``Annotated[type, text]``."""
     found: dict[str, str] = {}
     for cls in part.__mro__[::-1]:
-        _, _, arguments = (inspect.getdoc(cls) or "").partition("Args:\n")
-        entries = re.findall(r"^    ([a-z][\w, ]*): (.*(?:\n {6,}.*)*)", arguments, re.MULTILINE)
-        found |= {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+        if "__init__" not in vars(cls):
+            continue
+        try:
+            parameters = inspect.signature(vars(cls)["__init__"], eval_str=True).parameters.values()
+        except NameError:  # a plugin's, with types that it imports for checking alone
+            continue
+        found |= {p.name: p.annotation.__metadata__[0] for p in parameters if get_origin(p.annotation) is Annotated}
     return found
 
 
 def agent_options() -> tuple[dict[str, tuple[Any, str]], dict[str, tuple[Any, str]]]:
     """The options that every agent has, and those that some have: name to default and help."""
     known = recipes.known()
-    texts = documented(known["grpo"])
+    texts = help_of(known["grpo"])
     general = {name: (value, texts.get(name, "")) for name, value in recipes.options_of(known["grpo"]).items()}
     special: dict[str, tuple[Any, str]] = {}
     for name, part in known.items():
-        texts = documented(part)
+        texts = help_of(part)
         for option, default in own_options(part).items():
             special.setdefault(option, (default, f"{name}: {texts.get(option, '')}"))
     return {name: entry for name, entry in general.items() if name not in OF_SCRIPTS}, special

@@ -46,7 +46,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from agents.experiments.options import Parser, add_model_options
+from agents.experiments.options import Parser, add_model_options, clear_errors
+from agents.experiments.output import require_file
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,6 +60,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.images, args.group_size, args.repeats) < 1 or args.images % args.group_size:
         parser.error("--images must be a multiple of --group-size, and both and --repeats at least 1")
+    with clear_errors():
+        require_file(args.json, "--json")
     return args
 
 

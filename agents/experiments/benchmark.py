@@ -29,7 +29,7 @@ from agents.experiments.loading import load_policy, make_env
 from agents.experiments.options import clear_errors
 from agents.experiments.output import table, write_json
 from agents.policies.base import Policy
-from agents.rollout import TimedReward, collect, collect_in_parts, resized
+from agents.rollout import collect, collect_in_parts, resized
 from agents.sampling import draw
 from rewards import HasWords, OCRReward, Reward, RewardOutput
 from rewards.serving.pool import RewardPool
@@ -73,6 +73,16 @@ class WaitingReward(Reward):
     def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
         time.sleep(self.seconds * len(images))
         return RewardOutput(images.mean((1, 2, 3), dtype=np.float32))  # not all equal: there is something to learn
+
+
+class Alone(Reward):
+    """A pool of which an agent does not know that it is one."""
+
+    def __init__(self, pool: RewardPool) -> None:
+        self.pool, self.name = pool, pool.name
+
+    def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
+        return self.pool(images, scenes)
 
 
 class Bench:
@@ -126,12 +136,11 @@ class Bench:
         def own_share() -> float:
             device = self.policy.device
             with (
-                stopwatch(VARTextVectorEnv, "reset", "step", "fork", device=device) as inside,
+                stopwatch(VARTextVectorEnv, "reset", "advance", "decode", "fork", device=device) as inside,
                 stopwatch(type(self.envs.tokenizer), "blank", "write", "decode", device=device) as tokenizer,
-                stopwatch(TimedReward, "__call__", device=device) as reward,
             ):
                 total = self.clock(roll)
-            return (inside[0] - tokenizer[0] - reward[0]) / total
+            return (inside[0] - tokenizer[0]) / total
 
         seconds = self.seconds("rollout", roll)
         share = 100 * self.median("environment's own share", own_share)
@@ -245,7 +254,7 @@ class Bench:
     def overlapped_iterations(self, how: str, pool: RewardPool) -> list[Measured]:
         """GRPO iterations whose pictures a pool scores, one thing after the other and overlapped."""
         prompts = self.images // self.group_size
-        agents = [self.agent(GRPO, resized(self.envs, prompts, TimedReward(pool)))]  # no pool to an agent, so it waits
+        agents = [self.agent(GRPO, resized(self.envs, prompts, Alone(pool)))]  # no pool to an agent, so it waits
         agents += [self.agent(GRPO, resized(self.envs, prompts, pool), overlap=parts) for parts in (1, 2)]
         times: list[list[float]] = [[] for _ in agents]
         for _ in tqdm(range(self.repeats + 1), f"iterations, {how}", leave=False):

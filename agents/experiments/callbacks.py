@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
 from agents.base import Agent
 from agents.callbacks import AgentCallback, HeldOutEval
+from agents.evaluation import Evaluation
+from agents.repair import repaired
 from agents.wrapper import Wrapper
 
 
@@ -24,11 +28,23 @@ def budget(agent: Agent | Wrapper) -> dict[str, float]:
 class CurveEval(HeldOutEval):
     """Held-out evaluation that also logs what had been spent by then, as ``eval/images`` and so on, and prints a line.
 
-    In TensorBoard an evaluation stands at the step of the next update; the curves want its own place.
+    Args:
+        base: the evaluation of the policy before training on the same scenes, for ``repair/``: the share of each family
+            of planted faults that is repaired since then, see `agents.repair`.
+        held_out: options of `HeldOutEval`.
     """
+
+    def __init__(self, *options: Any, base: Evaluation | None = None, **held_out: Any) -> None:
+        super().__init__(*options, **held_out)
+        self.base = base
 
     def evaluate(self) -> None:
         super().evaluate()
+        found = self.history[-1][1]
+        if self.base is not None and self.base.beside and found.beside:
+            for family, share in repaired([self.base.beside], [found.beside], n=1).items():
+                if not math.isnan(share[0]):
+                    self.logger.record(f"repair/{family}", share[0])
         spent = budget(self.model)
         for axis, value in spent.items():
             self.logger.record(f"eval/{axis}", value)

@@ -12,7 +12,7 @@ AXES = {
     "updates": "updates",
     "seconds": "seconds of sampling, scoring and updating",
 }
-Result = dict[str, Any]  # as it stands in result.json, see report.py
+Result = dict[str, Any]  # as it stands in result.json, see tables.py
 Outcome = Result | Exception | None  # of a run; None when it was interrupted before its first update
 
 

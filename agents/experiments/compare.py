@@ -45,6 +45,7 @@ from typing import Any
 from agents.experiments.agent_options import add_plugin_option
 from agents.experiments.cells import AXES, Result
 from agents.experiments.options import Parser, clear_errors, option_of
+from agents.experiments.output import require_folder
 from agents.experiments.run_options import Preset, add_run_options, finish
 
 AGENTS = ("grpo", "vmr", "vmr+panw", "vmr+panw+mp")  # the paper's method, step by step
@@ -95,6 +96,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"none of {', '.join(args.agents)} has the option {option_of(min(unused))}: leave it out")
     args.seeds = list(dict.fromkeys(args.seeds or SEEDS[args.preset]))
     args.out = args.out or Path("runs") / f"compare-{args.preset}"
+    with clear_errors():
+        require_folder(args.out)
     return args
 
 

@@ -40,6 +40,7 @@ from agents.experiments.options import (
     clear_errors,
     require_at_least_one,
 )
+from agents.experiments.output import require_folder
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -75,6 +76,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     with clear_errors():
         require_at_least_one(prompts=args.prompts, best_of=args.best_of)
+        require_folder(args.out)
         if args.gates and args.prompts_from:
             raise ValueError("--gates draws the original pictures of rendered words: leave out --prompts-from")
     return args

@@ -14,13 +14,15 @@ from tqdm import tqdm
 
 from agents import Decoding, evaluate, held_out_scenes
 from agents.evaluation import bootstrap_interval
+from agents.experiments.cells import METRICS
+from agents.experiments.figures import save_strip
 from agents.experiments.loading import load_policy, make_env
 from agents.experiments.options import (
     clear_errors,
     decoding_from,
 )
 from agents.experiments.output import table, write_json
-from agents.experiments.report import METRICS, measure, save_strip, with_interval
+from agents.experiments.tables import measure, with_interval
 from agents.policies.base import Policy
 from agents.policies.var_text import VARTextPolicy
 from rewards import CLIPScore

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewards import REWARDS
+from rewards.reason import reason
 
 if TYPE_CHECKING:
     from agents.sampling import Decoding
@@ -177,7 +178,7 @@ def add_reward_options(parser: Parser) -> None:
         "--reward",
         default="ocr",
         metavar="NAME",
-        help=f"one of {', '.join(REWARDS)}, or the address of a reward service (default: %(default)s)",
+        help=f"one of {', '.join(REWARDS)}, or the address of a reward service (default: ocr)",
     )
     parser.rare.add_argument(
         "--reward-kwargs",
@@ -192,7 +193,7 @@ def parse_json_object(text: str) -> dict[str, Any]:
     """``'{"a": 1}'`` to a dict."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (RecursionError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"""{text!r} is no JSON object, such as {{"penalty_weight": 0.3}}""")
@@ -212,4 +213,4 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {reason(error)}")

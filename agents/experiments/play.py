@@ -1,7 +1,7 @@
 """Watch a picture grow scale by scale: in the terminal, as a PNG strip, or as an animated GIF.
 
     vartext play                                                   # a held-out prompt, at random
-    vartext play 'A navy sign that says "HELLO" in yellow letters'
+    vartext play 'A navy sign that says "KITE" above "RUN" in white letters'
     vartext play --seed 3 --png runs/play.png --gif runs/play.gif --quiet
     vartext play --policy runs/compare-quick/grpo/seed0/policy.safetensors --temperature 0.7
 
@@ -15,7 +15,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from agents.experiments.options import Parser, add_decoding_options, add_model_options
+from agents.experiments.options import Parser, add_decoding_options, add_model_options, clear_errors
+from agents.experiments.output import require_file
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,6 +33,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.columns < 1 or args.delay < 0:
         parser.error(f"--columns must be at least 1 and --delay at least 0, got {args.columns} and {args.delay}")
+    with clear_errors():
+        require_file(args.png, "--png", ".png")
+        require_file(args.gif, "--gif", ".gif")
     return args
 
 

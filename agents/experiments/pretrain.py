@@ -18,7 +18,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from agents.experiments.options import Parser
+from agents.experiments.options import Parser, clear_errors
+from agents.experiments.output import require_folder
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -88,6 +89,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--decay is a share above 0 and at most 1, got {args.decay}")
     if args.bits is not None and (args.bits < 1 or args.schedule == "raster"):
         parser.error(f"--bits takes a number of at least 1 and --schedule scales, got {args.bits}, {args.schedule}")
+    with clear_errors():
+        require_folder(args.out)
     return args
 
 

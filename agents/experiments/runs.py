@@ -2,14 +2,15 @@
 
 A run is a `Cell`: an agent, its settings and a seed. Its folder, OUT/LABEL/seedK, holds all that it writes, and when
 result.json there says that it is finished, it is not trained again. One that was interrupted or killed goes on from its
-last checkpoint, exactly, unless its settings are others now. The runs of a plan are trained one after another, or with
-``--ray`` many at a time, see ray_runs.py.
+last checkpoint, exactly. A folder holds one experiment: when settings are others now, defaults included, it is refused,
+see comparable.py. The runs of a plan are trained one after another, or with ``--ray`` many at a time, see ray_runs.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
@@ -38,10 +39,12 @@ from agents import (
 )
 from agents.callbacks import CheckpointEvery, Interrupt, StopOnSignal
 from agents.common.processes import current
-from agents.experiments import ray_runs, report, tuned
-from agents.experiments.agent_options import settings_of
+from agents.evaluation import Evaluation
+from agents.experiments import figures, ray_runs, run_file, tables, tuned
+from agents.experiments.agent_options import OF_SCRIPTS, settings_of
 from agents.experiments.callbacks import CurveEval, ImageBar, budget
 from agents.experiments.cells import BASE, Cell, Outcome, Result
+from agents.experiments.comparable import NOT_COMPARED, read, require_same
 from agents.experiments.loading import copy_of, load_policy, make_env
 from agents.experiments.options import (
     INTERRUPTED,
@@ -49,12 +52,12 @@ from agents.experiments.options import (
 )
 from agents.experiments.output import write_json
 from agents.experiments.run_options import Preset
+from agents.experiments.tensorboard import record_hparams, write_layout
 from agents.logs import open_logger
 from agents.policies.base import Policy
 from var_env import VARTextVectorEnv
 
 SCENE_SEED, NOISE_SEED = 0, 0  # of the held-out prompts, and of the sampler when it draws for them
-NOT_COMPARED = ("seconds",)  # settings in which a finished run may differ from what is asked for
 
 
 class Comparison:
@@ -91,6 +94,8 @@ class Comparison:
             "reward": args.reward,
             "reward_kwargs": args.reward_kwargs,
             "prompts_from": args.prompts_from,
+            "judged_on": judged_on,
+            **run_file.fingerprint(self.env.world),
         }
         self.method: dict[str, Any] = args.method
         self.tuned = tuned.load(args.tuned, self.config)
@@ -101,6 +106,12 @@ class Comparison:
             "versions": versions(),
             "models_of_the_reward": self.env.reward.describe(),
         }
+        self.finished(BASE)  # so that another experiment in this folder is refused before anything is written
+
+    @functools.cached_property
+    def before(self) -> Evaluation:
+        """The base policy on the prompts of the curves."""
+        return evaluate(self.base, self.env, self.val, self.decoding, NOISE_SEED)
 
     def cell(self, recipe: str, seed: int, **changes: Any) -> Cell:
         """A run of a recipe, its label, with the settings that it was tuned to and some changed."""
@@ -115,30 +126,29 @@ class Comparison:
 
     def finished(self, cell: Cell) -> Result | None:
         """The result of a run that needs no repeating. ``ValueError`` when it was made with other settings."""
-        folder = report.run_folder(self.out, cell.label, cell.seed)
-        result: Result | None = None
-        if (folder / "result.json").is_file():
-            result = json.loads((folder / "result.json").read_text())
-            assert result is not None
-            self.require_same(cell, result["config"], folder)
-        elif (folder / "config.json").is_file():  # begun, and perhaps worth hours
-            self.require_same(cell, json.loads((folder / "config.json").read_text()), folder)
-        return result if result is not None and result["finished"] else None
+        folder = figures.run_folder(self.out, cell.label, cell.seed)
+        result = read(folder / "result.json", "config", "finished")
+        if result is not None:
+            stopped = result["finished"] and result.get("stopped_at") is not None  # by the cap on its time
+            require_same(self.asked(cell), result["config"], folder, () if stopped else NOT_COMPARED)
+            return result if result["finished"] else None
+        config = read(folder / "config.json")
+        if config is not None:  # begun, and perhaps worth hours
+            require_same(self.asked(cell), config, folder)
+        elif Checkpoints(folder / "checkpoints").paths():
+            raise ValueError(
+                f"{folder} holds checkpoints and no config.json, so that nothing tells their settings: choose another "
+                "--out, or delete that folder"
+            )
+        return None
 
     def asked(self, cell: Cell) -> dict[str, Any]:
-        """All settings of a run, as its files have them."""
-        settings: dict[str, Any] = json.loads(json.dumps(self.config | cell.method))  # tuples become lists
+        """All settings of a run, what was not given included, as its files have them."""
+        default = recipes.options_in(cell.recipe) if cell.recipe else {}
+        known = {name: value for name, value in default.items() if name not in OF_SCRIPTS}
+        everything = known | self.config | cell.method | {"recipe": cell.recipe}
+        settings: dict[str, Any] = json.loads(json.dumps(everything, default=str))  # tuples become lists
         return settings
-
-    def require_same(self, cell: Cell, config: dict[str, Any], folder: Path) -> None:
-        """``ValueError`` naming what differs, unless a run was made, or begun, with the settings of ``cell``."""
-        asked = self.asked(cell)
-        for name in sorted(asked.keys() | config.keys()):
-            if name not in NOT_COMPARED and config.get(name, "unset") != asked.get(name, "unset"):
-                raise ValueError(
-                    f"{folder} holds a run with {name}={config.get(name, 'unset')}, and now it is "
-                    f"{asked.get(name, 'unset')}: choose another --out, or delete that folder"
-                )
 
     def result(self, cell: Cell, policy: Policy, best_of: int = 1, **more: Any) -> Result:
         """Evaluate a policy on the test prompts, save the pictures and the result, and return it."""
@@ -147,13 +157,13 @@ class Comparison:
         result = {
             "agent": cell.label,
             "seed": cell.seed,
-            "config": self.config | cell.method,
+            "config": self.asked(cell),
             "diagnostics": policy.diagnostics(),
             **more,
-            **report.measure(evaluation),
+            **tables.measure(evaluation),
         }
-        folder = report.run_folder(self.out, cell.label, cell.seed)
-        report.save_strip(folder / "samples.png", evaluation)
+        folder = figures.run_folder(self.out, cell.label, cell.seed)
+        figures.save_strip(folder / "samples.png", evaluation)
         write_json(folder / "result.json", result)
         return result
 
@@ -168,14 +178,14 @@ class Comparison:
 
     def train(self, cell: Cell, interrupt: Interrupt) -> Result | None:
         """One run; ``None`` when it was interrupted before its first update."""
-        settings, folder = self.settings, report.run_folder(self.out, cell.label, cell.seed)
+        settings, folder = self.settings, figures.run_folder(self.out, cell.label, cell.seed)
         cap = settings.seconds or None
         saves = CheckpointEvery(folder / "checkpoints", self.save_every)
         agent, step = self.start(cell, folder, saves.checkpoints)
         agent.set_logger(open_logger(folder, ["tensorboard", "csv"], step))
         callbacks: list[BaseCallback] = [
             saves,
-            CurveEval(settings.eval_every, self.val, "val", NOISE_SEED, self.decoding),
+            CurveEval(settings.eval_every, self.val, "val", NOISE_SEED, self.decoding, base=self.before),
             StopAfter(images=settings.images, seconds=cap),
             StopOnSignal(interrupt),
             ImageBar(settings.images, str(cell)),
@@ -184,8 +194,8 @@ class Comparison:
             callbacks.insert(2, ConflictProbe(4 * settings.eval_every))  # costs as much as two or three updates
         steps = max(agent.timesteps(settings.images) - agent.num_timesteps, 0)
         agent.learn(steps, callbacks, reset_num_timesteps=step is None)
-        agent.logger.close()
         if agent.n_updates == 0 and interrupt.requested:
+            agent.logger.close()
             return None
         agent.best_policy.save(folder / "policy.safetensors")
         short = agent.images_decoded < settings.images
@@ -204,19 +214,24 @@ class Comparison:
             stopped_at=agent.images_decoded if capped or not finished else None,
             budget=budget(agent),
         )
+        record_hparams(agent.logger, self.asked(cell) | {"agent": cell.label, "seed": cell.seed}, result)
+        agent.logger.dump(agent.images_decoded)
+        agent.logger.close()
         if finished:
             shutil.rmtree(saves.checkpoints.folder)
         return result
 
     def start(self, cell: Cell, folder: Path, checkpoints: Checkpoints) -> tuple[Agent | Wrapper, int | None]:
-        """The agent of an earlier attempt at the run, with the step that it has come to, or a new one and ``None``."""
+        """The agent of an earlier attempt at the run, with the images that it has seen, or a new one and ``None``."""
         checkpoints.tidy()
-        if checkpoints.paths() and (folder / "config.json").is_file():  # of this run, as `finished` has seen
+        config = folder / "config.json"
+        if checkpoints.paths() and config.is_file():
+            require_same(self.asked(cell), json.loads(config.read_text()), folder)
             agent = checkpoints.load(self.env, self.base.device)
             tqdm.write(f"{cell}: goes on after update {agent.n_updates}", file=sys.stderr)
-            return agent, agent.num_timesteps
+            return agent, agent.images_decoded
         shutil.rmtree(folder, ignore_errors=True)
-        write_json(folder / "config.json", self.asked(cell))
+        write_json(config, self.asked(cell))
         return self.agent(cell), None
 
     def run(self, plan: Sequence[Cell], write: Callable[[Result, list[Result]], str]) -> int:
@@ -244,11 +259,14 @@ class Comparison:
                 else:
                     tqdm.write(f"{cell}: finished earlier, not trained again", file=sys.stderr)
 
+        if base is None:  # from here on the folder is this experiment's, whatever comes next
+            write_json(figures.run_folder(self.out, BASE.label, BASE.seed) / "config.json", self.asked(BASE))
         failed, written = False, ""
         notice = "finishing this update, then evaluating and writing; once more skips the evaluation"
         with Interrupt(notice) as interrupt:
             try:
                 base = base or self.result(BASE, self.base, finished=True, stopped_at=None)
+                write_layout(figures.run_folder(self.out, BASE.label, None))
                 for cell, outcome in train_all(missing(), interrupt):
                     if isinstance(outcome, Exception):
                         failed = True

@@ -18,6 +18,8 @@ from agents.experiments.options import clear_errors, decoding_from
 from agents.rollout import Caches, unroll
 from var_env import VARTextVectorEnv
 from var_env.scenes import scene_from_prompt
+from var_env.seeding import as_seed
+from var_env.unfamiliar import warn_of_prompt
 
 HOLD = 3  # the last picture of a GIF stays this many times as long
 
@@ -77,6 +79,7 @@ def save_gif(path: Path, show: Show, delay: float) -> None:
 def run(args: argparse.Namespace) -> int:
     seed = args.seed if args.seed is not None else int(np.random.SeedSequence().generate_state(1)[0])
     with clear_errors():
+        seed = as_seed(seed)
         policy = load_policy(args)
         envs = make_env(policy, render_mode="rgb_array")
         scene = (
@@ -84,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
             if args.prompt is not None
             else held_out_scenes(envs.world, 1, seed)[0]
         )
+        if args.prompt is not None:
+            warn_of_prompt(args.prompt, envs.world)
         decoding = decoding_from(args, Decoding())
     print(f"{scene.prompt}   (--seed {seed})")
     envs.reset(options={"scenes": [scene]})
@@ -91,10 +96,12 @@ def run(args: argparse.Namespace) -> int:
         caches = Caches(policy, policy.encode_prompts([scene.prompt]), decoding.guided)
     generator = torch.Generator(policy.device).manual_seed(seed)
     show = Show(args.columns, args.delay, args.quiet)
-    info = unroll(policy, envs, caches, range(len(envs.schedule)), decoding, generator, on_step=show).info
-    read = " ".join(f'"{word}"' for word in info["words_read"][0]) or "nothing"
-    parts = ", ".join(f"{name} {values[0]:.2f}" for name, values in info["parts"].items())
-    print(f"OCR read {read}: score {info['score'][0]:+.3f} ({parts})")
+    trail = unroll(policy, envs, caches, range(len(envs.schedule)), decoding, generator, on_step=show)
+    assert trail.answer is not None  # all grids were drawn
+    found = trail.answer.result()
+    read = " ".join(f'"{word}"' for word in found.words[0]) or "nothing"
+    parts = ", ".join(f"{name} {values[0]:.2f}" for name, values in found.parts.items())
+    print(f"OCR read {read}: score {found.scores[0]:+.3f} ({parts})")
     if args.png:
         save_png(args.png, show, envs)
     if args.gif:

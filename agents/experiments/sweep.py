@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agents.experiments.options import Parser, add_model_options
+from agents.experiments.options import Parser, add_model_options, clear_errors
+from agents.experiments.output import require_file
 
 GRID: dict[str, Any] = {
     "learning_rate": 5e-5,
@@ -54,6 +55,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--updates must be at least 0, --prompts at least 2 and --signal at least 3")
     if any(prompts is not None and prompts < 2 for prompts in (args.prefix_share, args.conflict)):
         parser.error("--prefix-share and --conflict need at least 2 prompts")
+    with clear_errors():
+        require_file(args.json, "--json")
     args.grid = {name: getattr(args, name) for name in GRID}
     return args
 

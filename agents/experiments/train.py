@@ -10,9 +10,9 @@
 An agent is an algorithm and wrappers around it, from the inside out, joined by "+"; `vartext compare --agents` tells
 which there are.
 
-In --out: TensorBoard events, checkpoints/ (one every --save-every updates, the newest --save-total: all that --resume
-needs), policy.safetensors, best.safetensors, the policy with the best word accuracy on held-out prompts, which is not
-what it was trained on, and at the end agent.zip, for ``agents.load``.
+In --out: TensorBoard events; checkpoints/ (one every --save-every updates, the newest --save-total) and run.json (all
+options), which --resume needs; policy.safetensors; best.safetensors, the policy with the best word accuracy on held-out
+prompts, which is not what it was trained on; and at the end agent.zip, for ``agents.load``.
 ``vartext evaluate --policy runs/first/policy.safetensors`` measures the result.
 
 Ctrl-C, and the SIGTERM of a cluster, finish the update and save; --resume then goes on as if nothing had happened, bit
@@ -36,33 +36,38 @@ from agents.experiments.options import (
     add_regions_option,
     add_reward_options,
     clear_errors,
+    option_of,
     require_at_least_one,
 )
+from agents.experiments.output import require_folder
 
-COUNTS = ("images", "save_every", "save_total", "eval_every", "eval_prompts")  # options of at least 1
+COUNTS = {"images": 6400, "save_every": 20, "save_total": 2, "eval_every": 20, "eval_prompts": 64}  # at least 1
+DEFAULTS = COUNTS | {"agent": "grpo", "seed": 0, "reward": "ocr", "reward_kwargs": {}}  # where a run does not tell
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "vartext train")
     add_plugin_option(parser)
-    parser.add_argument("--agent", default="grpo", help="such as vmr+panw+mp (default: %(default)s)")
+    parser.add_argument("--agent", help=f"such as vmr+panw+mp (default: {DEFAULTS['agent']})")
     parser.add_argument("--out", type=Path, default=Path("runs/train"), help="(default: %(default)s)")
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest checkpoint in --out, with its agent, policy and seed, and its settings but those "
-        "given again",
+        help="go on from the newest checkpoint in --out, with all options as they were but those given again; what "
+        "differs is told, and agent, policy and seed stay",
     )
-    parser.add_argument("--images", type=int, default=6400, help="budget in reward calls (default: %(default)s)")
-    parser.rare.add_argument("--save-every", type=int, default=20, metavar="UPDATES", help="(default: %(default)s)")
-    parser.rare.add_argument(
-        "--save-total", type=int, default=2, metavar="N", help="checkpoints that are kept (default: %(default)s)"
-    )
-    parser.rare.add_argument("--eval-every", type=int, default=20, metavar="UPDATES", help="(default: %(default)s)")
-    parser.rare.add_argument("--eval-prompts", type=int, default=64, help="from the val split (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--images", type=int, help=f"budget in reward calls (default: {COUNTS['images']})")
+    for name, metavar, text in (
+        ("save_every", "UPDATES", ""),
+        ("save_total", "N", "checkpoints that are kept "),
+        ("eval_every", "UPDATES", ""),
+        ("eval_prompts", "N", "from the val split "),
+    ):
+        parser.rare.add_argument(option_of(name), type=int, metavar=metavar, help=f"{text}(default: {COUNTS[name]})")
+    parser.add_argument("--seed", type=int, help=f"(default: {DEFAULTS['seed']})")
     add_model_options(parser)
     add_reward_options(parser)
+    parser.set_defaults(reward=None, reward_kwargs=None)  # so that what is given again can be told apart
     add_regions_option(parser)
     add_prompts_option(parser)
     add_decoding_options(parser)
@@ -78,7 +83,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     with clear_errors():
-        require_at_least_one(**{n: getattr(args, n) for n in COUNTS})
+        require_folder(args.out)
+        require_at_least_one(**{n: getattr(args, n) for n in COUNTS if getattr(args, n) is not None})
+    if not args.resume:
+        vars(args).update({name: value for name, value in DEFAULTS.items() if getattr(args, name) is None})
     return args
 
 

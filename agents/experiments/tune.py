@@ -28,7 +28,7 @@ from agents.experiments.agent_options import add_plugin_option
 from agents.experiments.cells import Cell, Result
 from agents.experiments.compare import AGENTS
 from agents.experiments.options import Parser, clear_errors, require_at_least_one
-from agents.experiments.output import table, write_json, write_text
+from agents.experiments.output import require_folder, table, write_json, write_text
 from agents.experiments.run_options import Preset, add_run_options, finish
 from agents.experiments.tuned import WORLD
 
@@ -85,6 +85,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_run_options(parser, {"tune": PRESET})
     args = parser.parse_args(argv)
     with clear_errors():
+        require_folder(args.out)
         require_at_least_one(trials=args.trials)
         finish(args, PRESET)
         args.agents = list(dict.fromkeys(args.agents))
@@ -94,7 +95,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from agents.experiments import report
+    from agents.experiments import tables
     from agents.experiments.runs import Comparison
 
     with clear_errors():
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"Reward on {comparison.settings.test_prompts} validation prompts after {budget['images']} reward calls. "
             f"The base policy has {base['metrics']['reward'][0]:.3f}. The best trial of each agent is marked."
         )
-        page = ["# Trials", about, text, "## Settings", report.setting_list(comparison.described)]
+        page = ["# Trials", about, text, "## Settings", tables.setting_list(comparison.described)]
         write_text(args.out / "results.md", "\n\n".join(page) + "\n")
         return f"{text}\n\n{args.out}: tuned.json, results.md"
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from agents.policies.base import Policy
     from var_env.tokenizers.base import VisualTokenizer
 
+MAKER = "vartext pretrain policy"
 POLICIES = {  # class name to module; the first is what a file without a name holds
     "VARTextPolicy": "agents.policies.var_text",
     "VARPolicy": "agents.policies.var",
@@ -31,8 +32,11 @@ def load_policy(path: str | Path | None = None, tokenizer: VisualTokenizer | Non
     """
     from agents.policies.base import Policy
     from agents.policies.var_text import VARTextPolicy
-    from var_env.weights import saved_class
+    from var_env.tokenizers import load_tokenizer
+    from var_env.weights import check_form, saved_class
 
     if path is None:
         return VARTextPolicy.load(None, tokenizer)
-    return saved_class(path, Policy, POLICIES, "vartext pretrain policy").load(path, tokenizer)
+    policy = saved_class(path, Policy, POLICIES, MAKER)
+    check_form(path, tokenizer or load_tokenizer(), MAKER)
+    return policy.load(path, tokenizer)

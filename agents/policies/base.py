@@ -170,6 +170,10 @@ class Policy(nn.Module, ABC):
         """Numbers about the weights that are worth a curve, by name; none by default."""
         return {}
 
+    def trained_on(self) -> Any:
+        """The world whose prompts it was trained on, so that `Agent.predict` warns of others; ``None`` if not known."""
+        return None
+
     # Files -------------------------------------------------------------------------------------------------------
 
     @abstractmethod

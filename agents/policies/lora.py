@@ -8,7 +8,7 @@ the weights, and `merge_lora` folds them in.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -44,13 +44,18 @@ def add_lora(
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: the policy has adapters already, ``r`` is below 1, or there is no linear layer of such a name.
+        ValueError: the policy has adapters already, there is no linear layer of such a name, or an option is unknown
+            or out of its range.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError('adapters need the library peft: pip install "vartext[lora]"') from error
 
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"lora: r must be a positive whole number, got {r!r}")
+    if isinstance(target_modules, str):
+        raise ValueError(f"lora: target_modules is a list of names, such as [{target_modules!r}]")
     if has_lora(policy):
         raise ValueError("this policy has adapters already: leave out lora=, or fold them in with merge_lora()")
     targets = list(getattr(policy, "lora_targets", ()) if target_modules is None else target_modules)
@@ -64,9 +69,13 @@ def add_lora(
                 f"target_modules has {target!r}, but {type(policy).__name__}'s linear layers are {choices}"
             )
     own = {"r": r, "lora_alpha": lora_alpha, "target_modules": targets, **options}
-    with torch.random.fork_rng():
-        torch.manual_seed(as_seed(seed))
-        inject_adapter_in_model(LoraConfig(**own), policy)  # freezes what it finds
+    seed = as_seed(seed)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            inject_adapter_in_model(LoraConfig(**own), policy)  # freezes what it finds
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"peft takes no adapters with lora={own}: {error}; r and lora_alpha are numbers") from error
     for weight in policy.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # small steps would be lost in bfloat16, which the weights may have
@@ -74,6 +83,13 @@ def add_lora(
         policy.get_parameter(name).requires_grad_(True)
     if isinstance(policy, Policy):
         policy.config["lora"] = own
+
+
+def lora_options(lora: Any) -> dict[str, Any]:
+    """The options of `add_lora` that a setting holds. ``ValueError`` for another type, such as a number."""
+    if not isinstance(lora, Mapping) or not all(isinstance(name, str) for name in lora):
+        raise ValueError(f"lora must be a dict of options, such as {{'r': 8, 'lora_alpha': 16}}, got {lora!r}")
+    return dict(lora)
 
 
 def has_lora(policy: nn.Module) -> bool:

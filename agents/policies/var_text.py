@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from agents.policies.base import Policy
 from agents.policies.lora import add_lora
-from var_env.scenes import MAX_PROMPT_BYTES, encode_prompt
+from var_env.scenes import CELL_HEIGHT, LATTICE, MAX_PROMPT_BYTES, World, encode_prompt
 from var_env.tokenizers import load_tokenizer
 from var_env.tokenizers.base import VisualTokenizer
 from var_env.weights import load_config_and_weights, load_weights, save_module
@@ -238,6 +238,11 @@ class VARTextPolicy(Policy):
             return {"temperature": self.temperatures()[0]}
         names = [f"temperature_{t}_{h}x{w}" for t, (h, w) in enumerate(self.schedule.grids, 1)]
         return dict(zip(names, self.temperatures(), strict=True))
+
+    def trained_on(self) -> World | None:
+        """The rendered world of its images' size; ``None`` where there is none of that size."""
+        size = self.tokenizer.image_size
+        return World(size) if size >= 2 * CELL_HEIGHT and size % LATTICE == 0 else None
 
     def _scale_bias(self, tokens: int) -> Tensor:
         """0 where a token may look and -inf where not, `(tokens, tokens)`."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from agents.policies import load_policy
 from agents.saving import stored
 from agents.saving.saved import Saved
+from rewards.reason import reason
 from var_env.tokenizers import load_tokenizer
 from var_env.weights import write_tensors
 
@@ -118,7 +119,7 @@ def read(path: Path, class_named: Callable[[str], type]) -> Saved:
         names = ("settings", "wrappers", "states", "random")
         settings, wrappers, states, random_states = (stored.decode(content[name], tensors) for name in names)
     except (KeyError, SafetensorError, ValueError) as error:
-        raise ValueError(f"cannot read the checkpoint {path}: {error}") from error
+        raise ValueError(f"cannot read the checkpoint {path}: {reason(error)}") from error
     tokenizer = load_tokenizer(path / "tokenizer.safetensors")
     files = {name: path / f"{name}.safetensors" for name in ("policy", "reference", "ema")}
     modules = {name: load_policy(file, tokenizer) for name, file in files.items() if file.is_file()}

@@ -19,6 +19,7 @@ from stable_baselines3.common.save_util import load_from_zip_file, open_path, sa
 
 from agents.common.files import replacing
 from agents.saving.saved import Saved
+from rewards.reason import reason
 
 
 def write(saved: Saved, path: str | Path | BinaryIO) -> None:
@@ -76,7 +77,7 @@ def read(
         wrappers = list(zip(data.pop("wrapper_classes"), data.pop("wrapper_settings"), strict=True))
         return Saved(agent, data, wrappers, states, modules, {"sampler": sampler})
     except (AssertionError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged or was not written by an agent's save(): {error}") from error
+        raise ValueError(f"{path} is damaged or was not written by an agent's save(): {reason(error)}") from error
     finally:
         if isinstance(path, str | Path):
             file.close()

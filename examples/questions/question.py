@@ -17,13 +17,14 @@ from matplotlib import pyplot as plt
 
 from agents import recipes
 from agents.evaluation import bootstrap_interval
-from agents.experiments import report
+from agents.experiments import figures, tables
 from agents.experiments.agent_options import add_plugin_option
-from agents.experiments.cells import Cell, Result
+from agents.experiments.cells import METRICS, Cell, Result
 from agents.experiments.options import INTERRUPTED, Parser, clear_errors, option_of
-from agents.experiments.output import table, write_json, write_text
+from agents.experiments.output import require_folder, table, write_json, write_text
 from agents.experiments.run_options import Preset, add_run_options, finish
 from agents.experiments.runs import Comparison
+from agents.statistics import estimate
 
 PRESETS = {
     "quick": Preset(),
@@ -93,6 +94,8 @@ def parse(
             raise ValueError(f"no arm has the option {option_of(min(unused))}: leave it out")
     args.seeds = list(dict.fromkeys(args.seeds or SEEDS[args.preset]))
     args.out = args.out or Path("runs/questions") / f"{name}-{args.preset}"
+    with clear_errors():
+        require_folder(args.out)
     return args
 
 
@@ -137,15 +140,15 @@ def difference(runs: Sequence[Result], others: Sequence[Result], metric: str) ->
 
 def summarise(base: Result, runs: Sequence[Result], reference: str) -> dict[str, Any]:
     """For each arm, the base policy among them: updates, and for each metric its ``mean`` and ``difference``."""
-    of_arm = report.by_agent(runs)
+    of_arm = tables.by_agent(runs)
     found: dict[str, Any] = {"base": {"updates": 0.0, "seeds": []}}
-    found["base"] |= {metric: {"mean": base["metrics"][metric], "difference": {}} for metric in report.METRICS}
+    found["base"] |= {metric: {"mean": base["metrics"][metric], "difference": {}} for metric in METRICS}
     for arm, mine in of_arm.items():
         updates = float(np.mean([run["budget"]["updates"] for run in mine]))
         found[arm] = {"updates": updates, "seeds": [run["seed"] for run in mine]}
-        for metric in report.METRICS:
+        for metric in METRICS:
             compared = {} if arm == reference else difference(mine, of_arm.get(reference, []), metric)
-            mean = bootstrap_interval(report.pooled(mine, metric))
+            mean = estimate(tables.scores_of(mine, metric), strata=tables.strata_of(base))
             found[arm][metric] = {"mean": mean, "difference": compared}
     return found
 
@@ -156,12 +159,12 @@ def arm_table(summary: Mapping[str, Any], reference: str) -> str:
     headers += [f"Reward, less {reference}'s", "s.e. over seeds"]
     rows = []
     for arm, of_arm in summary.items():
-        scores = [report.with_interval(of_arm[metric]["mean"]) for metric in ("reward", "word_accuracy")]
+        scores = [tables.with_interval(of_arm[metric]["mean"]) for metric in ("reward", "word_accuracy")]
         compared = of_arm["reward"]["difference"]
         apart = ["", ""]
         if compared:
             error = compared["error"]
-            apart = [report.with_interval(compared["interval"], "+"), "" if error is None else f"{error:.3f}"]
+            apart = [tables.with_interval(compared["interval"], "+"), "" if error is None else f"{error:.3f}"]
         seeds = ", ".join(map(str, of_arm["seeds"]))
         rows.append([arm, seeds, f"{of_arm['updates']:.0f}", *scores, *apart])
     return table(headers, rows)
@@ -192,11 +195,11 @@ def write_results(
     intervals = INTERVALS.format(images=comparison.settings.images, prompts=len(comparison.test))
     text = [f"# {title}", about.strip(), headline, intervals, *sections]
     text += ["![Held-out reward and word accuracy while training](curves.png)", "![Scores](scores.png)"]
-    text += ["## Runs", report.run_table(runs)] if runs else []
-    text += ["## Settings", report.setting_list(comparison.described)]
+    text += ["## Runs", tables.run_table(runs)] if runs else []
+    text += ["## Settings", tables.setting_list(comparison.described)]
     write_text(out / "results.md", "\n\n".join(text) + "\n")
-    report.draw_curves(out / "curves.png", out, runs, [("eval", "images"), ("eval", "updates")])
-    panels = {report.METRICS[name]: {arm: of[name]["mean"] for arm, of in summary.items()} for name in METRICS_DRAWN}
+    figures.draw_curves(out / "curves.png", out, runs, [("eval", "images"), ("eval", "updates")])
+    panels = {METRICS[name]: {arm: of[name]["mean"] for arm, of in summary.items()} for name in METRICS_DRAWN}
     draw_intervals(out / "scores.png", panels)
     return "\n\n".join([headline, *sections])
 
@@ -213,4 +216,4 @@ def draw_intervals(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]
         panel.invert_yaxis()
         panel.set_title(title)
         panel.grid(alpha=0.3)
-    report.save_figure(path, figure)
+    figures.save_figure(path, figure)

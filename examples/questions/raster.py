@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ from question import (
     write_text,
 )
 
-from agents.experiments.cells import Result
-from agents.experiments.report import by_agent, with_interval
+from agents.experiments.cells import BASE, Result
+from agents.experiments.comparable import NOT_COMPARED, read, require_same
+from agents.experiments.tables import by_agent, with_interval
 from agents.panw import PANW, panw_weights
 from agents.recipes import options_of
 from var_env import ScaleSchedule
@@ -73,6 +74,15 @@ def of_world(args: argparse.Namespace, world: str) -> argparse.Namespace:
                 raise FileNotFoundError(f"there is no {path}: give --raster-{option}, or leave raster out of --worlds")
         own |= {"policy": args.raster_policy, "tokenizer": args.raster_tokenizer}
     return argparse.Namespace(**vars(args) | own)
+
+
+def require_same_worlds(out: Path, comparisons: Mapping[str, Comparison]) -> None:
+    """``ValueError`` unless the worlds of earlier calls, which the report shows too, are of the same experiment."""
+    asked = next(iter(comparisons.values())).asked(BASE)
+    for world in ARMS.keys() - comparisons.keys():
+        config = read(out / world / BASE.label / "config.json")
+        if config is not None:
+            require_same(asked, config, out / world, ("base_weights", *NOT_COMPARED))
 
 
 def panw_range(schedule: ScaleSchedule, alpha: float) -> tuple[float, float]:
@@ -140,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(__doc__, "raster", argv, ["vmr+panw"], add_options)
     with clear_errors():
         comparisons = {world: Comparison(of_world(args, world)) for world in ARMS if world in args.worlds}
+        require_same_worlds(args.out, comparisons)
     alpha = args.method.get("alpha", options_of(PANW)["alpha"])
     weights: dict[str, Any] = {}
     for world, comparison in comparisons.items():

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from question import Arm, Comparison, clear_errors, parse, plt, run, table, write_results
 
-from agents.experiments.cells import Result
-from agents.experiments.report import AXES, read_curve, run_folder, save_figure
+from agents.experiments.cells import AXES, Result
+from agents.experiments.figures import read_curve, run_folder, save_figure
 from agents.split_rule import SplitRule
 
 AUTO = "vmr-auto"

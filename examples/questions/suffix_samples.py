@@ -25,7 +25,6 @@ Trained: vmr+panw+mp with every K and mask, and vmr+panw without one, at equal r
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -41,7 +40,9 @@ from tqdm import tqdm
 from agents import Agent, Decoding, MaskPropagation, Wrapper, recipes
 from agents.conflict import cosines, half_gradients, reliability
 from agents.experiments.cells import Result
-from agents.experiments.report import save_figure
+from agents.experiments.comparable import read, require_same
+from agents.experiments.figures import save_figure
+from agents.experiments.tuned import WORLD
 from agents.mask_propagation import COMBINATIONS
 from agents.rollout import Rollout
 from agents.split_rule import variance_components
@@ -155,7 +156,7 @@ def of_mask(agent: Agent | Wrapper, rollout: Rollout) -> dict[str, Any]:
 def measured(comparison: Comparison, args: argparse.Namespace, seeds: Sequence[int]) -> list[Measurement]:
     """All batches, measured or read from the files of an earlier call or another process."""
     config = {
-        **{name: comparison.config[name] for name in ("base_weights", "group_size", "temperature")},
+        **{name: comparison.config[name] for name in (*WORLD, "group_size", "temperature")},
         **{name: value for name, value in comparison.method.items() if name not in ("suffix_samples", "suffix_masks")},
         "pictures": args.pictures,
         "batches": args.batches,
@@ -164,10 +165,10 @@ def measured(comparison: Comparison, args: argparse.Namespace, seeds: Sequence[i
     for seed in seeds:
         for k in SAMPLES:
             path = comparison.out / "measured" / f"k{k}-seed{seed}.json"
-            content = json.loads(path.read_text()) if path.is_file() else None
-            if content is not None and content["config"] != config:
-                raise ValueError(f"{path} was measured with other settings: choose another --out, or delete that file")
-            if content is None:
+            content = read(path, "config", "batches")
+            if content is not None:
+                require_same(config, content["config"], path)
+            else:
                 tqdm.write(f"measuring K = {k}, seed {seed}", file=sys.stderr)
                 content = {"config": config, "batches": measure(comparison, args, k, seed)}
                 write_json(path, content)

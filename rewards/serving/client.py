@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rewards.base import HasWords, Reward, RewardOutput, check_count
+from rewards.reason import reason
 from rewards.serving.pool import counted_from, join
 from rewards.serving.wire import decode_answer, encode_request
 
@@ -144,12 +145,12 @@ class RewardClient(Reward):
             raise self._late(" while its answer came in" if answered else "") from error
         except ConnectionError as error:
             if answered:
-                raise ServiceError(f"{self.url} broke off in the middle of its answer: {error}") from error
-            raise _Busy(f"{type(error).__name__}: {error}") from error
+                raise ServiceError(f"{self.url} broke off in the middle of its answer: {reason(error)}") from error
+            raise _Busy(f"{type(error).__name__}: {reason(error)}") from error
         except http.client.IncompleteRead as error:
-            raise ServiceError(f"{self.url} broke off in the middle of its answer: {error}") from error
+            raise ServiceError(f"{self.url} broke off in the middle of its answer: {reason(error)}") from error
         except (http.client.HTTPException, OSError) as error:
-            raise ServiceError(f"{self.url} cannot be reached: {type(error).__name__}: {error}") from error
+            raise ServiceError(f"{self.url} cannot be reached: {type(error).__name__}: {reason(error)}") from error
         finally:
             connection.close()
         if response.status == 200:
@@ -169,6 +170,6 @@ class RewardClient(Reward):
 def _detail(answer: bytes) -> str:
     """The message in the body of an error."""
     try:
-        return str(json.loads(answer)["detail"])
+        return str(json.loads(answer)["detail"]).strip() or "no message"
     except (ValueError, KeyError, TypeError):
         return answer.decode(errors="replace")[:200].strip() or "no message"

@@ -39,7 +39,8 @@ class RewardPool(Reward):
 
     A worker that dies, or that is not done with a piece in `timeout` seconds and is killed, is replaced, and the
     piece is done again, up to `retries` times: then `WorkerError`. What the reward raises comes out as it is, and
-    is not tried again. A pickle of a pool is a new pool, whose workers start at its first batch.
+    is not tried again. `worker.CannotStart` says why no process can be started for a reward, or here. A pickle of a
+    pool is a new pool, whose workers start at its first batch.
 
     Args:
         reward: a reward's name, as for `rewards.make`, or a reward that can be pickled.
@@ -227,6 +228,7 @@ def join(outputs: Sequence[RewardOutput]) -> RewardOutput:
             raise ValueError(f"a reward gave the parts {names} first, then {list(output.parts)}")
     return rebuilt(
         any(output.reads for output in outputs),
+        any(output.reads_words for output in outputs),
         np.concatenate([output.scores for output in outputs]),
         {name: np.concatenate([output.parts[name] for output in outputs]) for name in names},
         [words for output in outputs for words in output.words],
@@ -240,6 +242,7 @@ def take(output: RewardOutput, piece: slice) -> RewardOutput:
     """What an output says of some of its images."""
     return rebuilt(
         output.reads,
+        output.reads_words,
         output.scores[piece],
         {name: values[piece] for name, values in output.parts.items()},
         output.words[piece],
@@ -251,6 +254,7 @@ def take(output: RewardOutput, piece: slice) -> RewardOutput:
 
 def rebuilt(
     reads: bool,
+    reads_words: bool,
     scores: NDArray[np.float32],
     parts: Mapping[str, NDArray[np.float32]],
     words: list[list[str]],
@@ -260,5 +264,5 @@ def rebuilt(
 ) -> RewardOutput:
     """An output from the fields of others, in which NaN means not applicable."""
     masked: dict[str, Any] = {name: np.ma.array(values, mask=np.isnan(values)) for name, values in parts.items()}
-    lists = (words, confidences, regions) if reads else ([], [], [])
-    return RewardOutput(scores, masked, *lists, applicable)
+    read = (words, confidences) if reads_words else ([], [])
+    return RewardOutput(scores, masked, *read, regions if reads else [], applicable)

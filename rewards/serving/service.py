@@ -27,6 +27,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from rewards.base import check_images
+from rewards.reason import reason
 from rewards.serving.batching import Batcher, Limits, Metrics
 from rewards.serving.client import TOKEN_VARIABLE
 from rewards.serving.pool import RewardPool
@@ -95,11 +96,11 @@ def create_app(
         except asyncio.TimeoutError as error:
             raise HTTPException(408, f"the body did not come in {BODY_SECONDS} s") from error
         except TooLarge as error:
-            raise HTTPException(413, str(error)) from error
+            raise HTTPException(413, reason(error)) from error
         except ValueError as error:
-            raise HTTPException(422, str(error)) from error
+            raise HTTPException(422, reason(error)) from error
         except Exception as error:
-            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
+            raise HTTPException(500, f"{type(error).__name__}: {reason(error)}") from error
         return await run_in_threadpool(encode_answer, output, images)
 
     async def score(request: Request) -> Response:
@@ -161,9 +162,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m rewards.service", description=__doc__, formatter_class=formatter)
     limits = Limits()
     parser.add_argument("--reward", required=True, help="the name of the reward, as for rewards.make")
-    parser.add_argument("--reward-kwargs", type=json.loads, default={}, metavar="JSON", help="its options")
+    parser.add_argument("--reward-kwargs", type=json_object, default={}, metavar="JSON", help="its options")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--port", type=port, default=8000, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes that score (default: %(default)s)")
     parser.add_argument(
         "--timeout", type=float, default=60, help="seconds a worker may take for a batch (default: %(default)s)"
@@ -182,13 +183,29 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ):
         parser.add_argument(name, type=type(default), default=default, help=f"{text} (default: %(default)s)")
     args = parser.parse_args(argv)
-    if not isinstance(args.reward_kwargs, dict):
-        parser.error(f"--reward-kwargs must be a JSON object, got {args.reward_kwargs!r}")
     if not args.token and not is_loopback(args.host):
         parser.error(
             f"--host {args.host} lets other machines in, and needs a bearer token: set {TOKEN_VARIABLE} or --token"
         )
     return args
+
+
+def port(text: str) -> int:
+    """A TCP port, for argparse."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"a port is a whole number of 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The options of a reward, for argparse."""
+    try:
+        value = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"""must be a JSON object, such as {{"threads": 1}}, got {text!r}""")
+    return value
 
 
 def is_loopback(host: str) -> bool:
@@ -221,5 +238,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}; the service needs an extra: pip install 'vartext[service]'")
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {reason(error)}")
     uvicorn.run(app, host=args.host, port=args.port, access_log=False)

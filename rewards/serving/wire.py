@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rewards.base import HasWords, RewardOutput
+from rewards.reason import reason
 from rewards.serving.pool import rebuilt
 
 # Types that a client may send by mistake, and of which `check_images` says what is wrong.
@@ -119,9 +120,9 @@ def _from_png(files: list[Any], max_images: int, max_bytes: int) -> NDArray[Any]
             with Image.open(io.BytesIO(raw), formats=["PNG"]) as image:
                 size += image.width * image.height * 3
                 if size <= max_bytes:  # which the header says before any pixel is unpacked
-                    arrays.append(np.atleast_3d(np.asarray(image)))
+                    arrays.append(np.atleast_3d(np.asarray(with_colours(image))))
         except Exception as error:  # Pillow raises many kinds
-            raise ValueError(f"image {index} is no readable PNG file: {error}") from error
+            raise ValueError(f"image {index} is no readable PNG file: {reason(error)}") from error
         if size > max_bytes:
             raise TooLarge(f"the images hold more than {max_bytes} bytes of pixels, the most this service takes")
         if arrays[index].shape != arrays[0].shape:
@@ -130,6 +131,16 @@ def _from_png(files: list[Any], max_images: int, max_bytes: int) -> NDArray[Any]
                 f"image {index} is {_shape(arrays[index])}; send one batch a size"
             )
     return np.stack(arrays) if arrays else np.zeros((0, 0, 0, 3), np.uint8)
+
+
+def with_colours(image: Image.Image) -> Image.Image:
+    """A palette's image with its colours, RGB, or RGBA if it has transparency; others as they are.
+
+    Its pixels are numbers of colours, which would pass for grey levels.
+    """
+    if image.mode != "P":
+        return image
+    return image.convert("RGBA" if "transparency" in image.info else "RGB")
 
 
 def _shape(array: NDArray[Any]) -> str:
@@ -156,6 +167,7 @@ def encode_answer(output: RewardOutput, images: NDArray[np.uint8]) -> bytes:
         "regions": [boxes.tolist() for boxes in output.regions],
         "applicable": output.applicable.tolist(),
         "reads": output.reads,
+        "reads_words": output.reads_words,
         "crc32": checksums(images),
     }
     return json.dumps(answer, allow_nan=False).encode()
@@ -167,14 +179,14 @@ def decode_answer(body: bytes, images: NDArray[np.uint8]) -> RewardOutput:
         answer = json.loads(body, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON: {error}") from error
-    fields = ("scores", "parts", "words", "confidences", "regions", "applicable", "reads", "crc32")
+    fields = ("scores", "parts", "words", "confidences", "regions", "applicable", "reads", "reads_words", "crc32")
     missing = [name for name in fields if not isinstance(answer, dict) or name not in answer]
     if missing:
         raise ValueError(f"it has no {missing[0]!r}")
     parts = answer["parts"]
     if not isinstance(parts, dict):
         raise ValueError(f"its parts are {parts!r:.80}, not an object")
-    columns = {name: answer[name] for name in fields if name not in ("parts", "reads")}
+    columns = {name: answer[name] for name in fields if name not in ("parts", "reads", "reads_words")}
     for name, values in {**columns, **{f"part {name!r}": values for name, values in parts.items()}}.items():
         length = len(values) if isinstance(values, list) else None
         if length != len(images):
@@ -182,8 +194,8 @@ def decode_answer(body: bytes, images: NDArray[np.uint8]) -> RewardOutput:
     if answer["crc32"] != checksums(images):
         raise ValueError("its scores belong to other images, or to these in another order")
     applicable = answer["applicable"]
-    if not all(type(value) is bool for value in (*applicable, answer["reads"])):
-        raise ValueError("its 'applicable' and 'reads' are not all true or false")
+    if not all(type(value) is bool for value in (*applicable, answer["reads"], answer["reads_words"])):
+        raise ValueError("its 'applicable', 'reads' and 'reads_words' are not all true or false")
     scores = _numbers("scores", answer["scores"])
     if (np.isnan(scores) == applicable).any():
         raise ValueError("it holds null for a score, or a score that is not applicable")
@@ -196,6 +208,7 @@ def decode_answer(body: bytes, images: NDArray[np.uint8]) -> RewardOutput:
             raise ValueError(f"its confidences {confidences!r:.80} do not lie in [0, 1]")
     return rebuilt(
         answer["reads"],
+        answer["reads_words"],
         scores,
         {name: _numbers(name, values) for name, values in parts.items()},
         answer["words"],

@@ -19,12 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rewards.base import HasWords, Reward, RewardOutput
+from rewards.reason import reason
 
 START_SECONDS = 600  # for a worker to load its models; the largest take minutes from a slow disk
 
 
 class Lost(Exception):
     """A worker died, or was killed because it hung."""
+
+
+class CannotStart(RuntimeError):
+    """A process cannot be started for this reward here. The message names the cause and the remedy."""
 
 
 class Worker:
@@ -35,12 +40,27 @@ class Worker:
         self.process: BaseProcess | None = None
 
     def start(self) -> None:
-        """Start a process, which loads the models; `wait` waits for it."""
+        """Start a process, which loads the models; `wait` waits for it. Raises `CannotStart`."""
+        name = self.reward.name
+        if multiprocessing.current_process().daemon:
+            raise CannotStart(
+                f"reward {name!r} cannot start worker processes in a daemon process, such as a worker of Gymnasium's "
+                "AsyncVectorEnv: give the pool mode='thread', AsyncVectorEnv daemon=False, or use a reward service"
+            )
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, self.reward), daemon=True, name="reward-worker")
-        self.process.start()
-        theirs.close()  # so that reading from ours ends when the process does
+        process = context.Process(target=_work, args=(theirs, self.reward), daemon=True, name="reward-worker")
+        try:
+            process.start()
+        except (AttributeError, TypeError, pickle.PicklingError) as error:  # what pickle raises
+            self.pipe.close()
+            raise CannotStart(
+                f"reward {name!r} cannot be pickled for a worker process: {reason(error)}; define its class, and what "
+                "it holds, at the top of a module, or give the pool mode='thread'"
+            ) from error
+        finally:
+            theirs.close()  # so that reading from ours ends when the process does
+        self.process = process
 
     def wait(self) -> None:
         """Wait for the models. Raises what the reward raised in loading them."""
@@ -74,7 +94,7 @@ class Worker:
         watchdog.start()
         try:
             if message is not None:
-                self.pipe.send(message)
+                self.pipe.send_bytes(pickled(message, "the scenes"))
             error, value = self.pipe.recv()
         except (EOFError, OSError) as broken:
             process.join()
@@ -93,7 +113,7 @@ def _work(pipe: Connection, reward: Reward) -> None:
     answer = _answer(lambda: load(reward))
     try:
         while True:
-            pipe.send(answer)
+            pipe.send_bytes(answer)
             received = pipe.recv_bytes()
             answer = _answer(lambda: reward(*pickle.loads(received)))  # noqa: B023, called at once
     except (EOFError, OSError):
@@ -102,19 +122,32 @@ def _work(pipe: Connection, reward: Reward) -> None:
 
 def load(reward: Reward) -> None:
     load = getattr(reward, "load", None)
-    if load is not None:
-        load()
-
-
-def _answer(work: Callable[[], Any]) -> tuple[Exception | None, Any]:
-    """What calling `work` raised, or None, and what it returned."""
     try:
-        return None, work()
+        if load is not None:
+            load()
+    except Exception as error:
+        if str(error).strip():
+            raise
+        raise RuntimeError(f"reward {reward.name!r} cannot load: {reason(error)}") from error
+
+
+def pickled(value: Any, what: str) -> bytes:
+    """A pickle. PicklingError that names `what` if there is none."""
+    try:
+        return pickle.dumps(value)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise pickle.PicklingError(f"{what} cannot be sent between processes: {reason(error)}") from error
+
+
+def _answer(work: Callable[[], Any]) -> bytes:
+    """What calling `work` raised, or None, and what it returned, pickled."""
+    try:
+        return pickled((None, work()), "what the reward returned")
     except Exception as error:
         if not isinstance(error, ValueError):  # which says by itself what is wrong
             traceback.print_exc()
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:
-            return RuntimeError(f"{type(error).__name__}: {error}"), None
-        return error, None
+            error = RuntimeError(f"{type(error).__name__}: {reason(error)}")
+        return pickle.dumps((error, None))

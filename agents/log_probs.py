@@ -1,0 +1,168 @@
+"""What policies say of the tokens of a rollout: the one source of old, new and reference log-probabilities.
+
+They are teacher-forced, conditional and untruncated, and never come from the sampler, whose distribution is another one
+under guidance or truncation. Rows pass in micro-batches, to fit the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from agents import losses
+from agents.base import Agent
+from agents.common.checks import require_at_least, require_choice
+from agents.losses import Predicted
+from agents.policies.base import Policy
+from agents.rollout import Rollout
+from agents.trainable import frozen_copy
+
+KL_PLACES = ("loss", "reward")
+
+
+class LogProbs(Agent):
+    """An agent that learns from the log-probabilities of what it sampled, and may hold on to a reference policy.
+
+    Args:
+        policy, env: and more keywords, as in `Agent`.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        env: Any,
+        *,
+        kl_coef: Annotated[
+            float,
+            "weight of the KL to the reference, the policy as it was given; 0 is without.",
+        ] = 0.02,
+        kl: Annotated[
+            str,
+            '"k1", "k2", "k3" or "full", see ``losses.KL_ESTIMATES`` and ``losses.full_kl``.',
+        ] = "k3",
+        kl_in: Annotated[
+            str,
+            '"loss" adds the KL of each token to the loss; "reward" takes the sum over a row\'s tokens off its '
+            'score, before advantages are made, as RLHF does; "k1" is the usual estimate there.',
+        ] = "loss",
+        support: Annotated[
+            str,
+            '"model" learns with the model\'s own log-probabilities; "sampler" renormalises them on the codes '
+            "that a truncated sampler could draw, frozen at sampling. Pushing down truncated samples otherwise "
+            "leaks probability to codes that are never shown, so truncated training needs this or a strong KL.",
+        ] = "model",
+        micro_batch: Annotated[
+            int | None,
+            "rows in one forward and backward, to fit the memory (gradient accumulation); leaves the update unchanged.",
+        ] = None,
+        logit_chunk: Annotated[
+            int | None,
+            "tokens of a picture whose logits exist at a time; leaves the update unchanged, but for rounding. "
+            'For large vocabularies; not with ``kl="full"`` and ``support="sampler"``. ``None``: all.',
+        ] = None,
+        recompute: Annotated[
+            bool,
+            "gradient checkpointing: the backward pass computes the policy's layers again. Leaves the update "
+            "unchanged, and takes up to a third longer.",
+        ] = False,
+        **common: Any,
+    ) -> None:
+        require_choice((*losses.KL_ESTIMATES, "full"), kl=kl)
+        require_choice(KL_PLACES, kl_in=kl_in)
+        require_choice(("model", "sampler"), support=support)
+        if not kl_coef >= 0:
+            raise ValueError(f"kl_coef must be at least 0, got {kl_coef}")
+        require_at_least(1, micro_batch=1 if micro_batch is None else micro_batch)
+        require_at_least(1, logit_chunk=1 if logit_chunk is None else logit_chunk)
+        self.kl_coef, self.kl, self.kl_in = kl_coef, kl, kl_in
+        self.support, self.micro_batch, self.logit_chunk, self.recompute = support, micro_batch, logit_chunk, recompute
+        if logit_chunk is not None and self.needs_everything is not None:
+            raise ValueError(
+                f"{self.needs_everything} needs all log-probabilities at once: leave out logit_chunk={logit_chunk}"
+            )
+        super().__init__(policy, env, **common)
+
+    def _setup_model(self) -> None:
+        if self.recompute:
+            self.policy.recompute_activations()
+        super()._setup_model()
+        if self.kl_coef:
+            self.require_reference()
+
+    @property
+    def needs_everything(self) -> str | None:
+        """The option, if there is one, that takes the log-probabilities of all codes and not of the tokens alone."""
+        if self.kl == "full":
+            return "kl='full'"
+        return "support='sampler'" if self.support == "sampler" else None
+
+    @property
+    def keeps_support(self) -> bool:
+        return self.support == "sampler"
+
+    def require_reference(self) -> Policy:
+        """The frozen reference policy, made from the policy as it is if there is none yet."""
+        if self.reference is None:
+            self.reference = frozen_copy(self.policy)
+        return self.reference
+
+    def log_probs(self, policy: Policy, rollout: Rollout, rows: Tensor, steps: range) -> Predicted:
+        """What a policy says of the tokens of ``steps`` in some rows, ``(b, n)``, and where an option needs them all
+        log-probabilities."""
+        cond = policy.take(rollout.cond, rows)
+        grids = [grid[rows] for grid in rollout.grids[: steps.stop]]
+        if self.needs_everything is None:
+            if self.logit_chunk is not None:
+                policy.logit_chunk = self.logit_chunk  # here, where every reference passes, a file's too
+            logp, entropy = policy.evaluate(cond, grids, steps)  # (b, n, D)
+            return Predicted(logp.sum(-1), entropy.sum(-1))
+        parts = [rollout.draws[t].support for t in steps] if self.support == "sampler" else [None]
+        support = None if parts[0] is None else torch.cat([part[rows] for part in parts if part is not None], 1)
+        chosen = torch.cat([grids[t] for t in steps], 1)  # (b, n, D)
+        return losses.log_probs(policy(cond, grids, steps), chosen, support)
+
+    def logp(self, policy: Policy, filled: Tensor | None, rollout: Rollout, rows: Tensor, steps: range) -> Tensor:
+        """Log-probabilities of some rows, ``(b, n)``, from the rollout's field of all rows if that is filled."""
+        return self.log_probs(policy, rollout, rows, steps).logp if filled is None else filled[rows]
+
+    def old_log_probs(self, rollout: Rollout, steps: range) -> Tensor:
+        """Log-probabilities before the first optimiser step, ``(B, n)``."""
+        return self.all_log_probs(self.policy, rollout, steps)
+
+    @torch.no_grad()
+    def all_log_probs(self, policy: Policy, rollout: Rollout, steps: range) -> Tensor:
+        """Those of all rows, without gradient, ``(B, n)``."""
+        return self.in_micro_batches(lambda rows: self.log_probs(policy, rollout, rows, steps).logp, rollout)
+
+    def kl_to_reference(self, rollout: Rollout, rows: Tensor, steps: range, new: Predicted | None = None) -> Tensor:
+        """The KL of the policy to the reference at each token of some rows, ``(b, n)``."""
+        assert self.reference is not None
+        if self.kl != "full":
+            logp = self.logp(self.policy, rollout.old_logp, rollout, rows, steps) if new is None else new.logp
+            with torch.no_grad():
+                ref_logp = self.logp(self.reference, rollout.ref_logp, rollout, rows, steps)
+            return losses.kl_estimate(logp, ref_logp, self.kl)
+        new = new or self.log_probs(self.policy, rollout, rows, steps)
+        with torch.no_grad():
+            ref = self.log_probs(self.reference, rollout, rows, steps)
+        assert new.everything is not None and ref.everything is not None
+        return losses.full_kl(new.everything, ref.everything)
+
+    def in_micro_batches(
+        self, function: Callable[[Tensor], Tensor], rollout: Rollout, rows: Tensor | None = None
+    ) -> Tensor:
+        """A function of rows, int64 ``(b,)``, over some of them; by default over all B."""
+        rows = torch.arange(len(rollout.scenes), device=self.device) if rows is None else rows
+        return torch.cat([function(rows[piece]) for piece in self.pieces(len(rows))])
+
+    def pieces(self, rows: int) -> list[slice]:
+        """Which of so many rows are in each micro-batch. With sharded weights, which all processes compute with
+        together, there are as many in each process, some of them perhaps empty."""
+        size = self.micro_batch or max(rows, 1)
+        found = [slice(start, start + size) for start in range(0, rows, size)]
+        if self.processes.shards:
+            found += [slice(0, 0)] * (self.processes.most(len(found)) - len(found))
+        return found
