@@ -1,11 +1,14 @@
-"""The example scripts, each run at a tiny size as a user runs it; follow-ups in this process, to save start-up time."""
+"""The example scripts, each run at a tiny size, in this process: importing torch anew takes longer than all they do."""
 
+import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -49,9 +52,17 @@ def variables(*path):
 
 
 def run(script, *options, status=0):
-    done = subprocess.run(command(script, *options), capture_output=True, text=True, env=variables(), timeout=120)
-    assert done.returncode == status, done.stderr
-    return done.stdout
+    """What a script printed: the file itself, as the main program, with one thread like a process of `command`'s."""
+    path, threads, printed = str(EXAMPLES / f"{script}.py"), torch.get_num_threads(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(sys, "argv", [path, *map(str, options)])
+        patch.setattr(recipes.AGENTS, "_entries", dict(recipes.known()))  # the script's own names end with it
+        torch.set_num_threads(1)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(path, run_name="__main__")
+        torch.set_num_threads(threads)
+    assert (end.value.code or 0) == status, end.value
+    return printed.getvalue()
 
 
 @pytest.fixture

@@ -1,26 +1,19 @@
 """The two stages of pretraining, a few steps each: what they must do is run, resume and leave loadable weights."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from test_examples import run
 
 from agents.policies.var_text import VARTextPolicy
 from var_env import Tokenizer
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "pretrain.py"
 SMALL = ["--batch", "4", "--log-every", "2", "--save-every", "2", "--picture-every", "4", "--device", "cpu"]
 SMALL += ["--tokenizer-steps", "6", "--policy-steps", "4", "--width", "32", "--layers", "1", "--heads", "2"]
 
 
 def pretrain(stage, out, *options):
     """One call of the script; what it printed."""
-    command = [sys.executable, str(SCRIPT), stage, "--out", str(out), *SMALL, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run("pretrain", stage, "--out", out, *SMALL, *options)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +34,9 @@ def test_weights_load(out):
 def test_it_learns(out, tmp_path):
     """On the same batches, longer training fits better."""
     (tmp_path / "tokenizer.safetensors").write_bytes((out / "tokenizer.safetensors").read_bytes())
-    lines = pretrain("policy", tmp_path, "--policy-steps", "60", "--log-every", "30").splitlines()
+    lines = pretrain(
+        "policy", tmp_path, "--policy-steps", "60", "--log-every", "30", "--picture-every", "60"
+    ).splitlines()
     losses = [float(line.split("  loss ")[1].split()[0]) for line in lines if "  loss " in line]
     assert len(losses) == 2 and losses[1] < losses[0] - 0.3
 

@@ -1,12 +1,10 @@
 """A Qwen2 decoder as a policy: the contract, padding, and what transformers and peft expect of a model of theirs."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from test_examples import run as run_script
 from test_policies import small_tokenizer
 from tiny import weights_of
 from tokenizers import AddedToken, ByteLevelBPETokenizer
@@ -169,7 +167,7 @@ class TestModel:
         model = tiny(tokenizer).model
         before = run(model, inputs)
         wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-        assert torch.equal(run(wrapped, inputs), before)
+        torch.testing.assert_close(run(wrapped, inputs), before)  # frozen weights may take other kernels
         run(wrapped, inputs).square().sum().backward()
         learned = {name for name, weight in wrapped.named_parameters() if weight.grad is not None}
         assert len(learned) == 2 * 2 * 2 and all("lora_" in name for name in learned)
@@ -257,7 +255,7 @@ class TestLora:
         cond = policy.encode_prompts(PROMPTS)
         before = policy(cond, grids, EVERY)
         add_lora(policy, r=2)
-        assert torch.equal(policy(cond, grids, EVERY), before)
+        torch.testing.assert_close(policy(cond, grids, EVERY), before)  # frozen weights may take other kernels
         policy(cond, grids, EVERY).square().sum().backward()
         learned = {name for name, weight in policy.named_parameters() if weight.grad is not None}
         assert all("lora_" in name for name in learned)
@@ -314,15 +312,12 @@ class TestFromDecoder:
 
 def test_pretraining(tmp_path):
     """On an untrained tokenizer there is little to learn, but there is something."""
-    script = Path(__file__).parents[1] / "examples" / "pretrain.py"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         Tokenizer(vocab_size=64, channels=4, width=8, blocks=1).save(tmp_path / "tokenizer.safetensors")
-    command = [sys.executable, str(script), "policy", "--policy", "qwen", "--out", str(tmp_path), "--device", "cpu"]
-    command += ["--width", "32", "--layers", "1", "--heads", "2", "--batch", "4", "--policy-steps", "40"]
-    done = subprocess.run([*command, "--log-every", "20"], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    losses = [float(line.split("  loss ")[1].split()[0]) for line in done.stdout.splitlines()]
+    options = ["--policy", "qwen", "--out", tmp_path, "--device", "cpu", "--width", 32, "--layers", 1, "--heads", 2]
+    printed = run_script("pretrain", "policy", *options, "--batch", 4, "--policy-steps", 40, "--log-every", 20)
+    losses = [float(line.split("  loss ")[1].split()[0]) for line in printed.splitlines()]
     assert len(losses) == 2 and losses[1] < losses[0] - 0.1
     policy = load_policy(tmp_path / "policy.safetensors", Tokenizer.load(tmp_path / "tokenizer.safetensors"))
     assert isinstance(policy, QwenPolicy)
