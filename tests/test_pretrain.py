@@ -31,6 +31,30 @@ def test_weights_load(out):
     assert list((out / "tensorboard" / "policy").iterdir())
 
 
+def test_another_call_tells_what_differs(tmp_path, capsys):
+    """On a module of one weight: no training is needed to see it."""
+    from agents.experiments import pretrain as script
+    from agents.experiments import pretraining
+
+    def run(*options, stage="policy"):
+        args = script.parse([stage, *SMALL, "--out", str(tmp_path), *options])
+        module = torch.nn.Linear(1, 1)
+        return pretraining.Run(args, stage, module, torch.optim.AdamW(module.parameters()))
+
+    run().save(2)
+    again = run("--seed", "1", "--policy-steps", "8")
+    again.resume()
+    told = capsys.readouterr().out
+    assert again.first == 2 and "--seed 1, was 0: it is another run" in told and "--policy-steps 8, was 4: " in told
+    with pytest.raises(SystemExit, match=r"--width 64, was 32: .*policy\.checkpoint\.pt goes on as it began"):
+        run("--width", "64").resume()
+    run(stage="tokenizer").save(2)
+    with pytest.raises(SystemExit, match="--vocab-size 64, was 512: "):
+        run("--vocab-size", "64", stage="tokenizer").resume()
+    run(stage="tokenizer").resume()
+    assert "was" not in capsys.readouterr().out
+
+
 def test_it_learns(out, tmp_path):
     """On the same batches, longer training fits better."""
     (tmp_path / "tokenizer.safetensors").write_bytes((out / "tokenizer.safetensors").read_bytes())

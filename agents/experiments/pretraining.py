@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ try:
 except ImportError:  # a borrowed machine may have torch alone
     SummaryWriter = None  # type: ignore[assignment, misc]
 
+from agents.experiments import run_file
 from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.policies.var_text import VARTextPolicy
@@ -35,6 +37,14 @@ from var_env.tokenizers.residual import DEFAULT_SCHEDULE
 
 if TYPE_CHECKING:
     from agents.policies.qwen import QwenPolicy
+
+
+COMMON, SHARES = ("schedule", "seed", "batch"), ("decay", "swap", "drop_prompt")
+OF_STAGE = {  # options that make a stage's run what it is
+    "tokenizer": (*COMMON, "vocab_size", "bits", "tokenizer_steps", "tokenizer_lr"),
+    "policy": (*COMMON, "policy", "width", "layers", "heads", "start", "policy_steps", "policy_lr", "faults", *SHARES),
+}
+FIXED = ("schedule", "vocab_size", "bits", "policy", "width", "layers", "heads", "start")  # of the weights
 
 
 class SceneStream(torch.utils.data.IterableDataset):
@@ -298,6 +308,7 @@ class Run:
         self.args, self.name, self.module, self.optimizer = args, name, module, optimizer
         self.path = args.out / f"{name}.checkpoint.pt"
         self.first, self.seen = 0, 0
+        self.settings = {name: run_file.plain("", getattr(args, name, None)) for name in OF_STAGE[self.name]}
         self.batch = args.batch or {"tokenizer": 64, "policy": 32}[name]
         self.extra: dict[str, Tensor] = {}  # more tensors to checkpoint
         self.sums: dict[str, Tensor] = {}
@@ -309,11 +320,20 @@ class Run:
     def resume(self) -> None:
         if self.path.is_file():
             saved = torch.load(self.path, map_location=self.args.device, weights_only=True)
+            for name in [name for name in FIXED if name in self.settings]:
+                was = saved.get("settings", {}).get(name, self.settings[name])
+                if was != self.settings[name]:
+                    told = run_file.told(name, self.settings[name], was)
+                    sys.exit(f"error: {told}: {self.path} goes on as it began, with that or with another --out")
             self.module.load_state_dict(saved["module"])
             self.optimizer.load_state_dict(saved["optimizer"])
             for name, tensor in self.extra.items():
                 tensor.copy_(saved["extra"][name])
             self.first, self.seen = saved["step"], saved["seen"]
+            was = saved.get("settings", {})  # earlier versions did not keep them
+            for name in [name for name in was if was[name] != self.settings[name]]:
+                told = run_file.told(name, self.settings[name], was[name])
+                print(f"{self.name}: {told}: it is another run from here on", flush=True)
             print(f"{self.name}: going on from step {self.first} ({self.seen} images seen)", flush=True)
 
     def save(self, step: int) -> None:
@@ -323,6 +343,7 @@ class Run:
             "extra": self.extra,
             "step": step,
             "seen": self.seen,
+            "settings": self.settings,
         }
         part = self.path.with_suffix(".part")
         torch.save(state, part)

@@ -25,8 +25,9 @@ WORLD = ("regions", "prompts_from", "reward", "reward_kwargs")
 FILES = ("policy", "tokenizer", "prompts_from")  # options whose value is a path, or can be one
 FIXED = ("agent", "policy", "tokenizer", "seed", "lora")  # of the checkpoint, and of no use to an agent that is there
 JUDGING = (*WORLD, *DECODING, "prompts", "eval_prompts")  # by these the best policy is chosen
-BUDGET = ("images", "save_every", "save_total", "eval_every", "eval_prompts")
-NAMES = ("agent", "policy", "tokenizer", "seed", "plugin", *WORLD, *DECODING, "schedule", "warmup", *BUDGET)
+COUNTS = {"images": 6400, "save_every": 20, "save_total": 2, "eval_every": 20, "eval_prompts": 64}  # at least 1
+DEFAULTS = COUNTS | {"agent": "grpo", "seed": 0, "reward": "ocr", "reward_kwargs": {}}  # where a run does not tell
+NAMES = ("agent", "policy", "tokenizer", "seed", "plugin", *WORLD, *DECODING, "schedule", "warmup", *COUNTS)
 
 
 def plain(name: str, value: Any) -> Any:

@@ -40,9 +40,7 @@ from agents.experiments.options import (
     require_at_least_one,
 )
 from agents.experiments.output import require_folder
-
-COUNTS = {"images": 6400, "save_every": 20, "save_total": 2, "eval_every": 20, "eval_prompts": 64}  # at least 1
-DEFAULTS = COUNTS | {"agent": "grpo", "seed": 0, "reward": "ocr", "reward_kwargs": {}}  # where a run does not tell
+from agents.experiments.run_file import COUNTS, DEFAULTS
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

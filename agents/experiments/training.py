@@ -24,7 +24,6 @@ from agents.experiments.options import (
     decoding_from,
     option_of,
 )
-from agents.experiments.train import COUNTS, DEFAULTS
 from agents.logs import open_logger
 from rewards.reason import reason
 from var_env import VARTextVectorEnv
@@ -88,8 +87,8 @@ def agent_again(args: argparse.Namespace, checkpoints: Checkpoints) -> tuple[Age
     kept = kept or {}
     usual = {"learning_rate": recipes.options_of(Agent)["learning_rate"]} | dataclasses.asdict(Decoding())
     usual |= recipes.options_in(kept["agent"]) if "agent" in kept else {}
-    changed = dict.fromkeys(given) if old else run_file.changes(kept, given, usual | DEFAULTS)
-    run_file.keep(args, kept, {} if old else given, usual | DEFAULTS)
+    changed = dict.fromkeys(given) if old else run_file.changes(kept, given, usual | run_file.DEFAULTS)
+    run_file.keep(args, kept, {} if old else given, usual | run_file.DEFAULTS)
     replaced = {name: settings[name] for name in settings.keys() & changed.keys()}
     rate = learning_rate_of(args)
     if changed.keys() & {"learning_rate", "schedule", "warmup"}:
@@ -104,7 +103,9 @@ def agent_again(args: argparse.Namespace, checkpoints: Checkpoints) -> tuple[Age
     agent.unwrapped.decoding = decoding_from(args, agent.decoding)
     if agent.processes.is_first and not old:
         for name, was in changed.items():
-            same_run = name in COUNTS and (name != "images" or args.schedule is None)  # a schedule ends with the images
+            same_run = name in run_file.COUNTS and (
+                name != "images" or args.schedule is None
+            )  # a schedule ends with the images
             note = "" if same_run else ": it is another run from here on"
             print(run_file.told(name, given[name], was) + note, file=sys.stderr)
     assert agent.env is not None
