@@ -51,7 +51,7 @@ class Agent(Trainable):
     """An agent that learns on ``VARText-v0`` by sampling groups of pictures.
 
     Args:
-        policy: trained in place. "base" is the shipped policy, see ``policies.SHIPPED`` for more; a path loads a file of
+        policy: trained in place. "base" is the shipped policy, ``policies.SHIPPED`` has more; a path loads a file of
             its ``save``.
         env: an id, a single environment or a batched one, or ``None`` to only predict.
 
