@@ -115,7 +115,7 @@ class TestWorth:
         assert int(np.argmax(worths)) + 1 == min(decisive + 1, 5)
 
     def test_of_the_shipped_world(self):
-        """The shares of results/README.md, "What a prefix decides"."""
+        """The shares of results/plain/README.md, "What a prefix decides"."""
         shares = (0.040, 0.049, 0.225, 0.522, 0.653)
         worths = {m: self.worth(share, sum(SIZES[:m]), sum(SIZES[m:])) for m, share in enumerate(shares, 1)}
         assert sorted(worths, key=worths.__getitem__)[::-1] == [4, 5, 3, 1, 2]
