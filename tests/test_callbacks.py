@@ -122,8 +122,9 @@ class TestHeldOutEval:
         assert all(split_of(word) == "val" for scene in scenes for word in scene.words)
         with open(tmp_path / "progress.csv") as file:
             rows = list(csv.DictReader(file))
-        for name in ("reward", "word_accuracy", "ned", "nothing_read"):
-            assert [bool(row[f"eval/{name}"]) for row in rows] == [True, False, True, True]
+        for name in ("reward", "word_accuracy", "ned", "nothing_read"):  # in rows of their own, between the updates'
+            assert [bool(row[f"eval/{name}"]) for row in rows] == [True, False, False, True, False, True]
+        assert [row["eval/images"] for row in rows if row["eval/images"]] == ["0", "16", "24"]
 
     def test_does_not_change_training(self, parts):
         plain = tiny_agent(parts).learn(2 * STEPS_A_ROLLOUT)
@@ -202,7 +203,7 @@ class TestBestCheckpoint:
         agent.set_logger(csv_logger(tmp_path))
         agent.learn(3 * STEPS_A_ROLLOUT, Scripted([0.1, 0.3, 0.2, 0.25], tmp_path / "best.safetensors"))
         with open(tmp_path / "progress.csv") as file:
-            rows = list(csv.DictReader(file))
+            rows = [row for row in csv.DictReader(file) if row["eval/word_accuracy"]]
         assert [float(row["eval/best_word_accuracy"]) for row in rows] == [0.1, 0.3, 0.3, 0.3]
         assert [float(row["eval/word_accuracy"]) for row in rows] == [0.1, 0.3, 0.2, 0.25]
 

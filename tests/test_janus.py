@@ -214,7 +214,7 @@ def test_files_stand_alone(policy, tmp_path):
     assert type(loaded) is JanusPolicy and type(tokenizer) is JanusTokenizer
     cond, grids = loaded.encode_prompts(PROMPTS), random_grids(tokenizer, 3)
     assert torch.equal(loaded(cond, grids, EVERY), policy(cond, grids, EVERY))
-    with pytest.raises(ValueError, match="needs the JanusTokenizer"):
+    with pytest.raises(ValueError, match="belongs to a JanusTokenizer"):
         load_policy(tmp_path / "p.safetensors")
     with pytest.raises(FileNotFoundError, match=r"JanusPolicy\.from_pretrained"):
         JanusTokenizer.load(tmp_path / "none.safetensors")

@@ -373,7 +373,7 @@ class TestLogs:
         events = EventAccumulator(str(folder))
         events.Reload()
         pictures = events.Images("mask/propagated")
-        assert [event.step for event in pictures] == [STEPS_A_ROLLOUT, 3 * STEPS_A_ROLLOUT]
+        assert [event.step for event in pictures] == [8, 24]  # images
         assert (pictures[0].width, pictures[0].height) == (4 * (192 + 4), 4 * (192 + 34))  # a sample and T masks
 
     def test_a_row_of_the_picture_shows_all_its_suffixes(self, parts):

@@ -216,7 +216,7 @@ def test_addresses(given, named, address, cluster, module, weights, monkeypatch,
     if named:
         monkeypatch.setenv("RAY_ADDRESS", named)
     args = Namespace(ray=given, ray_cpus=64, ray_gpus=0.25, ray_retries=3, out=tmp_path)
-    module("ray_runs").RayRuns(args, torch.device("cpu"))
+    module("ray_runs").RayRuns(module("runs").Comparison, args, torch.device("cpu"))
     assert asked == [address]
     assert "no machine of this Ray has 64 CPUs and 0.25 GPUs (--ray-cpus, --ray-gpus)" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import pytest
 from tiny import tiny_policy
 
 from agents import GRPO
+from agents.policies import SHIPPED as SHIPPED_POLICIES
 from agents.policies import load_policy
 from var_env import ScaleSchedule, Tokenizer
 from var_env.tokenizers import load_tokenizer
@@ -37,9 +38,16 @@ def test_a_policy_says_which_tokenizer_it_belongs_to(tokenizer, tmp_path):
         load_policy(tmp_path / "p.safetensors")
 
 
-def test_raster_weights_without_their_tokenizer():
-    with pytest.raises(ValueError, match="on this Tokenizer: give the tokenizer that they were trained on") as raised:
-        load_policy(SHIPPED / "raster.safetensors")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raster", "belongs to a RasterTokenizer"),
+        ("raster_plain", "on this Tokenizer: give the tokenizer that they were"),
+    ],
+)
+def test_raster_weights_without_their_tokenizer(name, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        load_policy(SHIPPED / f"{name}.safetensors")
     assert "\n" not in str(raised.value)
 
 
@@ -59,3 +67,10 @@ def test_malformed_lora(tokenizer, lora, message):
     pytest.importorskip("peft")
     with pytest.raises(ValueError, match=message):
         GRPO(tiny_policy(tokenizer), None, lora=lora)
+
+
+@pytest.mark.parametrize("name", list(SHIPPED_POLICIES))
+def test_shipped_policies_load_by_name_and_bring_their_tokenizer(name):
+    policy = load_policy(name)
+    assert policy.schedule.is_raster == name.startswith("raster")
+    assert policy.tokenizer.image_size == 64
