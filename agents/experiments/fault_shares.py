@@ -134,7 +134,7 @@ def share_table(rows: Sequence[Mapping[str, Any]], schedule: ScaleSchedule) -> s
     def cell(share: Share) -> str:
         if share is None:
             return "no variance"
-        return f"{share[0]:z.1%}" + (f" +- {share[1]:.1%}" if math.isfinite(share[1]) else "")
+        return f"{share[0]:.1%}" + (f" +- {share[1]:.1%}" if math.isfinite(share[1]) else "")
 
     lines = [
         [f"{row['m']}", f"{row['tokens']}", f"{row['tokens'] / schedule.total_tokens:.1%}"]

@@ -22,8 +22,8 @@ prefix updates can learn, next to the share of the tokens that they have to lear
 
 ``--fault-share N`` measures in the same way at which grid planted faults are decided (docs/faults.md): for every split
 m the share of the variance of right or wrong that the prefix decides, for affected letters, words that may be missing
-and affected inks, on N validation prompts. ``--json`` writes it, ``--png`` draws it. A raster's
-splits are too many, and eight of them stand for all.
+and affected inks, on N validation prompts. ``--json`` writes it, ``--png`` draws it. A raster has too many splits to
+try all: eight stand for them.
 
 ``--conflict N`` measures, on one batch of N prompts, how much the gradients of the scales pull against each other, and
 how far to trust that: see ``agents/conflict.py``.
