@@ -161,5 +161,5 @@ def draw_shares(path: Path, rows: Sequence[Mapping[str, Any]], schedule: ScaleSc
     )
     panel.grid(alpha=0.3)
     if panel.lines:
-        panel.legend(loc="upper left")
+        panel.legend(loc="lower right")
     save_figure(path, figure)
