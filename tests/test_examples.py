@@ -481,18 +481,20 @@ class TestEvaluate:
         message = refused(module("evaluate").main, *agent, "--tokenizer", "other")
         assert "holds its own tokenizer" in message
 
-    def test_gates_of_random_weights(self, weights):
-        printed = run("evaluate", *weights, "--gates", "--prompts", 3, status=1)
-        lines = [line for line in printed.splitlines() if "policy: word accuracy" in line]
-        assert len(lines) == 1 and "0.35 to 0.7" in lines[0] and "FAIL" in lines[0]
+    def test_gates_of_random_weights(self, weights, tmp_path):
+        printed = run("evaluate", *weights, "--gates", "--prompts", 3, "--out", tmp_path, status=1)
+        lines = [line for line in printed.splitlines() if "word accuracy at temperature 1" in line]
+        assert len(lines) == 1 and "0.3 to 0.6" in lines[0] and "FAIL" in lines[0]
+        written = json.loads((tmp_path / "evaluation.json").read_text())
+        assert len(written["gates"]) == 9 and len(written["prompts"]["prompt"]) == 3
 
     @pytest.mark.parametrize(("copy", "share"), [(lambda images: images, 1.0), (np.zeros_like, 0.0)])
     def test_the_tokenizer_gate(self, weights, module, monkeypatch, copy, share):
-        script = module("measuring")
+        script, gates = module("measuring"), module("gates")
         args = module("evaluate").parse(weights)
         env = script.make_env(script.load_policy(args))
-        monkeypatch.setattr(script, "reconstruct", lambda env, images: copy(images))
-        measured, readable = script.tokenizer_gate(env, script.held_out_scenes(env.world, 3))
+        monkeypatch.setattr(gates, "reconstruct", lambda env, images: copy(images))
+        measured, readable = gates.tokenizer_gate(env, script.held_out_scenes(env.world, 3))
         assert measured == share and readable >= 3
 
     def test_wrong_files(self, module, tmp_path):
@@ -576,9 +578,42 @@ class TestSweep:
         assert rows[0] == ["Cosine", "1x1", "2x2", "4x4", "Reliability", "Share of the lengths"]
         assert [row[0] for row in rows[1:]] == ["1x1", "2x2", "4x4"]
 
-    def test_signal(self, weights, module, capsys):
-        assert module("sweep").main([*weights, *TINY[:4], "--signal", "3"]) == 0
-        assert "mean cosine between 3 gradients: " in capsys.readouterr().out
+    def test_signal(self, weights, module, tmp_path, capsys):
+        """All rewards are the same, as nothing can be read in random images: the gradients are zero, without error."""
+        file = tmp_path / "signal.json"
+        assert module("sweep").main([*weights, *TINY[:4], "--signal", "3", "--json", str(file)]) == 1
+        rows = rows_of("\n" + capsys.readouterr().out + "\n", "")
+        assert rows[1] == [
+            "mean cosine between the gradients of 3 batches of 4 images",
+            "0.0000",
+            "at least 0.05",
+            "FAIL",
+        ]
+        assert rows[2][-1] == "PASS" and json.loads(file.read_text())["cosine"] == 0
+
+    def test_fault_share(self, weights, module, tmp_path, capsys):
+        files = ["--json", str(tmp_path / "faults.json"), "--png", str(tmp_path / "faults.png")]
+        assert module("sweep").main([*weights, "--fault-share", "3", *files]) == 0
+        rows = rows_of("\n" + capsys.readouterr().out + "\n", "")
+        assert rows[0] == ["m", "Tokens", "Of all", "Letter", "Missing", "Colour"]
+        assert [row[:3] for row in rows[1:]] == [["1", "1", "4.8%"], ["2", "5", "23.8%"]]  # of 1 + 4 + 16 tokens
+        written = json.loads((tmp_path / "faults.json").read_text())
+        assert written["prompts"] == 3 and [row["letter"] for row in written["rows"]] == [None, None]
+        assert Image.open(tmp_path / "faults.png").width > 0
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--fault-share", "1"], "at least 2 prompts"),
+            (["--signal", "3", "--fault-share", "2"], "not allowed with"),
+            (["--signal", "3", "--png", "a.png"], "add --fault-share N"),
+            (["--prefix-share", "2", "--json", "a.json"], "leave out --json"),
+        ],
+    )
+    def test_options_that_do_not_fit(self, module, capsys, options, message):
+        with pytest.raises(SystemExit):
+            module("sweep").parse(options)
+        assert message in capsys.readouterr().err
 
 
 class TestCustomAgent:

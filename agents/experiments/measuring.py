@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from agents import Decoding, evaluate, held_out_scenes
 from agents.evaluation import bootstrap_interval
 from agents.experiments.cells import METRICS
 from agents.experiments.figures import save_strip
+from agents.experiments.gates import BATCH, gate_table, measure_gates
 from agents.experiments.loading import load_policy, make_env
 from agents.experiments.options import (
     clear_errors,
@@ -28,15 +26,9 @@ from agents.policies.var_text import VARTextPolicy
 from rewards import CLIPScore
 from rewards.cvtg import CLIP_PREFIX, word_metrics
 from rewards.ocr_edit import edit_counts
-from rewards.text_metrics import normalize
-from var_env import Scene, VARTextVectorEnv
+from var_env import Scene
 from var_env.prompts import PromptScene, PromptWorld
-from var_env.scenes import render
 
-TOKENIZER_GATE = 0.97
-ACCURACY_GATE = (0.35, 0.70)
-NOTHING_GATE = 0.10
-BATCH = 64
 ALL_METRICS = METRICS | {"clip": "CLIPScore", "ocr_accuracy": "OCR accuracy"}
 BY_WORDS = ("reward", "word_accuracy", "ned", "clip", "ocr_accuracy")
 BY_REGIONS = {"word_accuracy": "Word Accuracy", "ned": "NED", "clip": "CLIPScore"}
@@ -50,47 +42,6 @@ def take_temperatures(policy: Policy, path: str) -> None:
         raise ValueError(f"--temperatures-of needs a VARTextPolicy, and this is a {type(policy).__name__}")
     other = VARTextPolicy.load(None if path == "base" else path, policy.tokenizer)
     policy.sharpness.data.copy_(other.sharpness)
-
-
-def tokenizer_gate(env: VARTextVectorEnv, scenes: Sequence[Scene]) -> tuple[float, int]:
-    """The share of readable words that stay readable after encode and decode, and how many words were readable."""
-    readable = kept = 0
-    for start in tqdm(range(0, len(scenes), BATCH), "reconstructions", unit="batch"):
-        batch = scenes[start : start + BATCH]
-        images = np.stack([render(scene) for scene in batch])  # (B, S, S, 3)
-        originals = env.reward(images, batch).words
-        copies = env.reward(reconstruct(env, images), batch).words
-        for scene, original, copy in zip(batch, originals, copies, strict=True):
-            wanted, before, after = (Counter(map(normalize, words)) for words in (scene.words, original, copy))
-            readable += (wanted & before).total()
-            kept += (wanted & before & after).total()
-    return kept / max(readable, 1), readable
-
-
-@torch.no_grad()
-def reconstruct(env: VARTextVectorEnv, images: np.ndarray) -> np.ndarray:
-    """Pictures ``(B, S, S, 3)`` through the tokenizer and back."""
-    tokenizer = env.tokenizer
-    canvas = tokenizer.blank(len(images))
-    for t, grid in enumerate(tokenizer.encode(torch.from_numpy(images).to(tokenizer.device))):
-        canvas = tokenizer.write(t, canvas, grid)
-    return tokenizer.decode(canvas).cpu().numpy()
-
-
-def check_gates(policy: Policy, env: VARTextVectorEnv, scenes: list[Scene], seed: int) -> bool:
-    """Print both gates; whether all is well."""
-    share, readable = tokenizer_gate(env, scenes)
-    means = evaluate(policy, env, scenes, Decoding(), seed, BATCH).means()
-    low, high = ACCURACY_GATE
-    accuracy, nothing = means["word_accuracy"], means["nothing_read"]
-    gates = [
-        (f"tokenizer: share of {readable} readable words kept", share, f">= {TOKENIZER_GATE}", share >= TOKENIZER_GATE),
-        ("policy: word accuracy", accuracy, f"{low} to {high}", low <= accuracy <= high),
-        ("policy: pictures in which nothing is read", nothing, f"<= {NOTHING_GATE}", nothing <= NOTHING_GATE),
-    ]
-    rows = [[name, f"{value:.3f}", target, "PASS" if met else "FAIL"] for name, value, target, met in gates]
-    print(table([f"Gate, {len(scenes)} held-out scenes", "Measured", "Target", ""], rows))
-    return all(met for *_, met in gates)
 
 
 def measure_by_words(scenes: Sequence[Scene], prompts: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
@@ -161,11 +112,18 @@ def run(args: argparse.Namespace) -> int:
         layout = env.world.layout if isinstance(env.world, PromptWorld) else None
         scenes = held_out_scenes(env.world, args.prompts, args.seed, args.split)
         decoding = decoding_from(args, Decoding())
-        clip = CLIPScore(args.clip, args.device) if args.clip and not args.gates else None
+        clip = CLIPScore(args.clip, args.device) if args.clip else None
         if clip:
             clip.load()  # before the pictures are drawn, should it be missing
+    settings = {name: str(value) for name, value in vars(args).items()}
     if args.gates:
-        return int(not check_gates(policy, env, scenes, args.seed))
+        gates, evaluation = measure_gates(policy, env, scenes, args.seed)
+        written = {"settings": settings, "gates": [gate.to_dict() for gate in gates], **measure(evaluation)}
+        write_json(args.out / "evaluation.json", written)
+        save_strip(args.out / "samples.png", evaluation)
+        print(gate_table(f"Gate, {len(scenes)} held-out prompts", gates))
+        print(f"{args.out}: evaluation.json, samples.png")
+        return int(not all(gate.met for gate in gates))
     evaluation = evaluate(policy, env, scenes, decoding, args.seed, BATCH, args.best_of)
     measured = measure(evaluation)
     if clip:
@@ -182,7 +140,6 @@ def run(args: argparse.Namespace) -> int:
     if layout == "cvtg":
         measured["by_regions"] = measure_by_regions(cast("list[PromptScene]", scenes), measured["prompts"])
         second = table_by_regions(measured["by_regions"])
-    settings = {name: str(value) for name, value in vars(args).items()}
     write_json(args.out / "evaluation.json", {"settings": settings, **measured})
     save_strip(args.out / "samples.png", evaluation)
     rows = [[ALL_METRICS[metric], with_interval(value)] for metric, value in measured["metrics"].items()]

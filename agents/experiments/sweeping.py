@@ -6,17 +6,19 @@ import argparse
 import itertools
 from typing import Any
 
-import numpy as np
 import torch
 from stable_baselines3.common.logger import Logger
 from tqdm import trange
 
 from agents import GRPO, Decoding, evaluate, held_out_scenes
 from agents.conflict import measure
+from agents.experiments.fault_shares import draw_shares, fault_shares, share_table
+from agents.experiments.gates import gate_table
+from agents.experiments.gradient_signal import signal, signal_gates
 from agents.experiments.loading import copy_of, load_policy, make_env
 from agents.experiments.options import clear_errors
 from agents.experiments.output import table, write_json
-from agents.losses import group_advantages
+from agents.experiments.tables import number
 from agents.rollout import collect
 from agents.split_rule import variance_components
 
@@ -52,20 +54,36 @@ def trained(args: Any, settings: dict[str, Any]) -> dict[str, float]:
     return result.means() | {"reward_error": float(error), "kl": float(kl)}
 
 
-def signal(args: Any, batches: int) -> tuple[float, float]:
-    """The mean cosine between the policy gradients of independent batches, and its standard error."""
-    agent = new_agent(args, {name: values[0] for name, values in args.grid.items()} | {"kl_coef": 0.0})
-    gradients = []
-    for _ in trange(batches, desc="batches", leave=False):
-        rollout = agent.sample()
-        advantages = group_advantages(rollout.scores).flatten()
-        logp, _ = agent.policy.evaluate(rollout.cond, rollout.grids, range(len(agent.policy.schedule)))
-        parameters = list(agent.policy.parameters())
-        parts = torch.autograd.grad(-(advantages * logp.sum((1, 2))).mean(), parameters)
-        gradients.append(torch.cat([part.flatten() for part in parts]))
-    unit = torch.nn.functional.normalize(torch.stack(gradients), dim=1)
-    cosines = (unit @ unit.T)[np.triu_indices(batches, 1)]
-    return cosines.mean().item(), cosines.std().item() / len(cosines) ** 0.5
+def first_of_grid(args: Any) -> dict[str, Any]:
+    """The first value of each option that spans a grid."""
+    return {name: values[0] for name, values in args.grid.items()}
+
+
+def run_signal(args: Any, batches: int) -> int:
+    """Print the gate of the signal; the exit status."""
+    agent = new_agent(args, first_of_grid(args) | {"kl_coef": 0.0})
+    mean, error = signal(agent, batches)
+    gates = signal_gates(mean, error, batches, agent.group_size * agent.prompts_per_update)
+    if args.json:
+        write_json(args.json, {"cosine": mean, "error": error, "gates": [gate.to_dict() for gate in gates]})
+    print(gate_table("Gate", gates))
+    return int(not all(gate.met for gate in gates))
+
+
+def run_fault_shares(args: Any, prompts: int) -> None:
+    """Print, write and draw at which grid each family of faults is decided."""
+    env, schedule = make_env(args.base, reward="ocr"), args.base.schedule
+    scenes = held_out_scenes(env.world, prompts, 1, "val")
+    rows = fault_shares(args.base, env, scenes, Decoding(temperature=args.temperature[0]))
+    if args.json:
+        shares = [
+            {name: [number(v) for v in value] if isinstance(value, tuple) else value for name, value in row.items()}
+            for row in rows
+        ]
+        write_json(args.json, {"prompts": len(scenes), "rows": shares})
+    if args.png:
+        draw_shares(args.png, rows, schedule)
+    print(share_table(rows, schedule))
 
 
 def prefix_shares(args: Any, prompts: int) -> list[list[str]]:
@@ -84,7 +102,7 @@ def prefix_shares(args: Any, prompts: int) -> list[list[str]]:
 
 def conflict_table(args: Any, prompts: int) -> str:
     """A row for each scale: its cosines with all scales, its reliability, and its gradient's share of the length."""
-    settings = {name: values[0] for name, values in args.grid.items()} | {"prompts_per_update": prompts}
+    settings = first_of_grid(args) | {"prompts_per_update": prompts}
     agent = new_agent(args, settings, micro_batch=64)
     found, names = measure(agent, agent.sample()), [f"{h}x{w}" for h, w in args.base.schedule.grids]
     shares = found.norms / found.norms.sum()
@@ -99,12 +117,13 @@ def run(args: argparse.Namespace) -> int:
     with clear_errors():
         args.base = load_policy(args)
         if args.signal:
-            mean, error = signal(args, args.signal)
-            print(f"mean cosine between {args.signal} gradients: {mean:.4f} +- {error:.4f}")
-            return 0
+            return run_signal(args, args.signal)
         if args.prefix_share:
             headers = ["m", "Tokens", "Of all", "Variance by prefix", "By suffix", "Decided by prefix"]
             print(table(headers, prefix_shares(args, args.prefix_share)))
+            return 0
+        if args.fault_share:
+            run_fault_shares(args, args.fault_share)
             return 0
         if args.conflict:
             print(conflict_table(args, args.conflict))
