@@ -48,7 +48,7 @@ class StopLearning(Exception):
 
 
 class Agent(Trainable):
-    """An agent that learns on ``VARText-v0`` by sampling groups of pictures.
+    """An agent that learns on ``VARText-v0`` by sampling groups of images.
 
     Args:
         policy: trained in place. "base" is the shipped policy; a path loads a file of its ``save``.
@@ -60,7 +60,7 @@ class Agent(Trainable):
         min_group_size: of the class: 2 where an algorithm compares the images of a prompt with each other.
         num_timesteps: environment steps, one a grid and row. It alone starts again with ``learn()``'s
             ``reset_num_timesteps``; the rest count the agent's whole life, files included.
-        images_decoded, tokens_sampled, n_updates: pictures (reward calls), tokens, calls of ``update``; of all
+        images_decoded, tokens_sampled, n_updates: reward calls, tokens, calls of ``update``; of all
             processes together.
         skipped_steps: optimiser steps that were skipped, see ``max_skipped``.
         seconds: time in sampling, decoding, reward and update; callbacks do not count.
@@ -76,7 +76,7 @@ class Agent(Trainable):
         policy: Policy | str | Path,
         env: str | gym.Env | gym.vector.VectorEnv | None,
         *,
-        group_size: Annotated[int, "G, pictures for each prompt; at least ``min_group_size``."] = 8,
+        group_size: Annotated[int, "G, images for each prompt; at least ``min_group_size``."] = 8,
         prompts_per_update: Annotated[
             int,
             "P, of all processes together. The prompts of update u depend on the seed and on u alone, whatever "
@@ -113,7 +113,7 @@ class Agent(Trainable):
         decoding: Annotated[Decoding, "how training samples are drawn."] = Decoding(),  # noqa: B008 (frozen)
         image_interval: Annotated[
             int,
-            "updates between two pictures of samples in TensorBoard; 0 for none.",
+            "updates between two images of samples in TensorBoard; 0 for none.",
         ] = 10,
         seed: Annotated[int | None, "0 to 2**64 - 1; ``None`` draws one."] = None,
         tensorboard_log: Annotated[str | None, "as in Stable-Baselines3."] = None,
@@ -196,11 +196,11 @@ class Agent(Trainable):
 
     @property
     def best_of(self) -> int:
-        """Pictures drawn for each prompt in evaluations, of which the best rewarded counts. 1 but for `BestOfN`."""
+        """Images drawn for each prompt in evaluations, of which the best rewarded counts. 1 but for `BestOfN`."""
         return 1
 
     def timesteps(self, images: int) -> int:
-        """Environment steps in which this agent decodes about as many pictures, for ``learn(total_timesteps)``."""
+        """Environment steps in which this agent decodes about as many images, for ``learn(total_timesteps)``."""
         return images * len(self.policy.schedule)
 
     @property
@@ -324,7 +324,7 @@ class Agent(Trainable):
         return rollout
 
     def collect(self, seed: int) -> Rollout:
-        """Draw G pictures for each of the P prompts of ``seed``. Another way of sampling goes here."""
+        """Draw G images for each of the P prompts of ``seed``. Another way of sampling goes here."""
         return self.draw(seed, self.group_size)
 
     def draw(self, seed: int, group_size: int, fork_at: tuple[int, int] | Forks | None = None) -> Rollout:
@@ -350,8 +350,9 @@ class Agent(Trainable):
     @property
     def _noise(self) -> torch.Generator | SharedNoise:
         """Where a rollout's noise comes from."""
-        together = self.processes
-        return self.generator if together.count == 1 else SharedNoise(self.generator, together.rank, together.count)
+        if self.processes.count == 1:
+            return self.generator
+        return SharedNoise(self.generator, self.processes.rank, self.processes.count)
 
     @property
     def keeps_support(self) -> bool:

@@ -1,8 +1,8 @@
-"""GRPO, the paper's baseline: one advantage a picture, for all of its tokens (DeepSeekMath, arXiv 2402.03300).
+"""GRPO, the paper's baseline: one advantage an image, for all of its tokens (DeepSeekMath, arXiv 2402.03300).
 
 An iteration, in this file's order:
 
-1. `sample` G pictures for each of P prompts and score them;
+1. `sample` G images for each of P prompts and score them;
 2. `scores`: what each row is worth, the reward and what is added to it;
 3. `advantages`: the score, normalised within the prompt's group;
 4. `token_advantages` and `token_weights`: what this means for each token, and how much the token counts;
@@ -92,7 +92,7 @@ class GRPO(LogProbs):
         ] = "keep",
         max_batches: Annotated[
             int,
-            '"resample" draws at most so many batches an update. Their pictures all count as budget.',
+            '"resample" draws at most so many batches an update. Their images all count as budget.',
         ] = 4,
         epochs: Annotated[int, "passes over a rollout."] = 1,
         minibatches: Annotated[int, "optimiser steps an epoch."] = 1,
@@ -141,7 +141,7 @@ class GRPO(LogProbs):
         self.learn_from(self.sample(), range(len(self.policy.schedule)))
 
     def sample(self) -> Rollout:
-        """New prompts, their pictures and scores; with ``dynamic_sampling``, only groups whose rewards differ."""
+        """New prompts, their images and scores; with ``dynamic_sampling``, only groups whose rewards differ."""
         if self.dynamic_sampling == "keep":
             return super().sample()
         return sample_useful(self, super().sample, self.max_batches if self.dynamic_sampling == "resample" else 1)

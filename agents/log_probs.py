@@ -60,7 +60,7 @@ class LogProbs(Agent):
         ] = None,
         logit_chunk: Annotated[
             int | None,
-            "tokens of a picture whose logits exist at a time; leaves the update unchanged, but for rounding. "
+            "tokens of an image whose logits exist at a time; leaves the update unchanged, but for rounding. "
             'For large vocabularies; not with ``kl="full"`` and ``support="sampler"``. ``None``: all.',
         ] = None,
         recompute: Annotated[

@@ -1,6 +1,6 @@
 """PANW, Per-Action Normalization Weighting: the loss at each scale is weighted by its number of tokens (section 3.4).
 
-A picture's scales hold 1, 4, 9, ... tokens, and in the mean over tokens the last ones drown the first.
+An image's scales hold 1, 4, 9, ... tokens, and in the mean over tokens the last ones drown the first.
 """
 
 from __future__ import annotations

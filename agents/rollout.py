@@ -1,8 +1,8 @@
-"""Sampling pictures: unroll a policy in lockstep environments, and what came of it.
+"""Sampling images: unroll a policy in lockstep environments, and what came of it.
 
-`unroll` is the inner loop and knows nothing of groups; `collect` draws G pictures for each of P prompts, or a tree of
+`unroll` is the inner loop and knows nothing of groups; `collect` draws G images for each of P prompts, or a tree of
 them, for VMR and Tree GRPO. A prompt's condition is encoded once, and cache and environments are forked from there:
-what pictures share is computed once.
+what images share is computed once.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def weights_version(policy: Policy) -> int:
 class Rollout:
     """What one iteration sampled: ``B = P * G`` rows to learn from, row ``p * G + g`` being sample g of prompt p.
 
-    A row was decoded and scored as ``K`` pictures, picture ``b * K + k`` being suffix k of row b. K is 1, and a row
-    is a picture, but for the prefixes of VMR, whose grids end before the picture does: see `merge`.
+    A row was decoded and scored as ``K`` images, image ``b * K + k`` being suffix k of row b. K is 1, and a row
+    is an image, but for the prefixes of VMR, whose grids end before the image does: see `merge`.
 
     An update asks for ``cond`` and ``draws``; the rest is for rewards, masks and eyes.
     """
@@ -72,7 +72,7 @@ class Rollout:
     scenes: list[Scene]  # B
     draws: list[Draw]  # one a grid, all T of them or a prefix; with their support when it was kept
     scores: Tensor  # (P, G) float32, what a row is worth: the reward, until an agent adds to it
-    returns: Tensor  # (P, G, K) float32, the rewards of its pictures
+    returns: Tensor  # (P, G, K) float32, the rewards of its images
     parts: dict[str, np.ndarray]  # each (B * K,), NaN where a part is not applicable
     images: np.ndarray  # (B * K, S, S, 3) uint8
     words_read: list[list[str]]  # B * K
@@ -80,7 +80,7 @@ class Rollout:
     regions: list[np.ndarray]  # B * K of (number found, 4), xyxy in pixels
     seconds: dict[str, float]  # "sampling", "reward", "decode", the rest of the environment, and "ahead" with a pool
     advantages: Tensor | None = None  # (B,) or (B, n), once an algorithm has judged the rows
-    forks: Forks = ()  # where the pictures of a prompt parted, see `collect`
+    forks: Forks = ()  # where the images of a prompt parted, see `collect`
     # What the policies say of these rows before the update, n being the tokens of the grids that it learns.
     old_logp: Tensor | None = None  # (B, n) float32, of the policy
     ref_logp: Tensor | None = None  # (B, n) float32, of the reference
@@ -94,7 +94,7 @@ class Rollout:
 
     @property
     def suffixes(self) -> int:
-        """K, the pictures of each row."""
+        """K, the images of each row."""
         return self.returns.shape[2]
 
     def require_current(self, policy: Policy, steps: range) -> None:
@@ -115,10 +115,10 @@ class Rollout:
     def require_finite(self) -> None:
         """``ValueError`` naming the first reward that is not a finite number, and its prompt."""
         returns = self.returns.flatten()  # (B * K,)
-        for picture in (~returns.isfinite()).nonzero().flatten().tolist():
-            row = picture // self.suffixes
+        for image in (~returns.isfinite()).nonzero().flatten().tolist():
+            row = image // self.suffixes
             raise ValueError(
-                f"the reward of row {row}, {self.scenes[row].prompt!r}, is {returns[picture]}: rewards must be finite "
+                f"the reward of row {row}, {self.scenes[row].prompt!r}, is {returns[image]}: rewards must be finite "
                 "numbers; mend the reward function and resume from the last checkpoint"
             )
 
@@ -145,13 +145,13 @@ class Rollout:
         return {name: values for name, values in found.items() if values is not None}
 
     def groups(self, policy: Policy, keep: Tensor) -> Rollout:
-        """Some prompts with all their rows and pictures; ``policy`` made the condition, ``keep`` is bool ``(P,)``."""
+        """Some prompts with all their rows and images; ``policy`` made the condition, ``keep`` is bool ``(P,)``."""
         return self.rows(policy, torch.arange(self.scores.numel()).view_as(self.scores)[keep])
 
     def rows(self, policy: Policy, index: Tensor) -> Rollout:
-        """Some rows with their pictures: int64 ``(P', G')``, which rows of this rollout are those of the new one."""
+        """Some rows with their images: int64 ``(P', G')``, which rows of this rollout are those of the new one."""
         chosen, k = index.flatten(), self.suffixes
-        pictures = (chosen[:, None] * k + torch.arange(k)).flatten().tolist()  # B' * K
+        images = (chosen[:, None] * k + torch.arange(k)).flatten().tolist()  # B' * K
         on_device = chosen.to(self.draws[0].tokens.device)
         return replace(
             self,
@@ -160,10 +160,10 @@ class Rollout:
             draws=[draw.take(on_device) for draw in self.draws],
             scores=self.scores.flatten()[index],
             returns=self.returns.flatten(0, 1)[index],
-            parts={name: values[pictures] for name, values in self.parts.items()},
-            images=self.images[pictures],
-            words_read=[self.words_read[picture] for picture in pictures],
-            regions=[self.regions[picture] for picture in pictures],
+            parts={name: values[images] for name, values in self.parts.items()},
+            images=self.images[images],
+            words_read=[self.words_read[image] for image in images],
+            regions=[self.regions[image] for image in images],
             advantages=None if self.advantages is None else self.advantages[on_device],
             **{name: values[on_device] for name, values in self.before_update().items()},
         )
@@ -192,7 +192,7 @@ class Rollout:
         )
 
     def scored(self, found: RewardOutput) -> Rollout:
-        """The rollout of one picture a row with what a reward found in its pictures."""
+        """The rollout of one image a row with what a reward found in its images."""
         mdp.require_applicable(found, self.scenes)
         scores = torch.as_tensor(found.scores).view_as(self.scores)
         return replace(
@@ -321,12 +321,12 @@ def collect(
     keep_support: bool = False,
     on_step: Callable[[VARTextVectorEnv], None] | None = None,
 ) -> Rollout:
-    """Reset P environments and draw ``group_size`` pictures for each of their prompts.
+    """Reset P environments and draw ``group_size`` images for each of their prompts.
 
     The prompts are ``scenes``, one for each environment, or else what ``envs`` samples, from ``seed`` if it is given.
 
     With ``fork_at=(m, k)``, every row forks into k before grid m, which share what they have so far, the cache
-    included: then a prompt has ``group_size * k`` pictures, those of one prefix side by side. Several such pairs, m
+    included: then a prompt has ``group_size * k`` images, those of one prefix side by side. Several such pairs, m
     growing, fork one after the other.
     """
     rollout, answer = collect_unscored(
@@ -454,7 +454,7 @@ def act(policy: Policy, observation: dict[str, Any], decoding: Decoding) -> np.n
     """The next grid on the canvas, int64 ``(H, W)`` for one observation, ``(N, H, W)`` for a batch at any scales.
 
     Where tokens have several codes there is a last axis of D.
-    Computes all earlier scales again; to sample whole pictures, `unroll` is faster.
+    Computes all earlier scales again; to sample whole images, `unroll` is faster.
     """
     schedule, scales = policy.schedule, np.atleast_1d(observation["scale"])
     code = mdp.code_shape(policy.tokenizer)

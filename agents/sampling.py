@@ -77,7 +77,7 @@ class Draw(NamedTuple):
 class SharedNoise(NamedTuple):
     """A generator that several processes have in the same state, of which each draws its share of the rows.
 
-    On a CPU each draws the noise of all rows and takes its own, so that pictures do not depend on the processes. On a
+    On a CPU each draws the noise of all rows and takes its own, so that images do not depend on the processes. On a
     GPU that would be V numbers a token; there each process has a generator of its own, seeded from the shared one.
     """
 

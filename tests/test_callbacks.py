@@ -145,7 +145,7 @@ class TestHeldOutEval:
 
 
 class FixedReward(Reward):
-    """The same for all pictures."""
+    """The same for all images."""
 
     name = "fixed"
 

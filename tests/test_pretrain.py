@@ -11,7 +11,7 @@ from agents.policies.var_text import VARTextPolicy
 from var_env import Tokenizer
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "pretrain.py"
-SMALL = ["--batch", "4", "--log-every", "2", "--save-every", "2", "--picture-every", "4", "--device", "cpu"]
+SMALL = ["--batch", "4", "--log-every", "2", "--save-every", "2", "--image-every", "4", "--device", "cpu"]
 SMALL += ["--tokenizer-steps", "6", "--policy-steps", "4", "--width", "32", "--layers", "1", "--heads", "2"]
 
 

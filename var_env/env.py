@@ -1,4 +1,4 @@
-"""``VARText-v0``: draw a picture of given words, one token grid a step, for the score of an OCR model."""
+"""``VARText-v0``: draw an image of given words, one token grid a step, for the score of an OCR model."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``: the words that prompts are drawn from.
-        regions: number of words a picture, as a mapping from a count to its probability; keys may be strings,
-            as JSON has them. ``"target"`` is the paper's profile of two to five, for pictures of 128 pixels. The
+        regions: number of words an image, as a mapping from a count to its probability; keys may be strings,
+            as JSON has them. ``"target"`` is the paper's profile of two to five, for images of 128 pixels. The
             default is that of :class:`~var_env.scenes.World`.
-        size: height and width of the picture in pixels.
+        size: height and width of the image in pixels.
         prompts: draws the scenes from prompt files in place of the rendered world: a file, a folder or a Hugging Face
             dataset's name, such as ``"dnkdnk/CVTG-2K"``; see :class:`~var_env.prompts.PromptWorld`, which takes
             ``split``, ``regions`` and ``size`` too. Observed prompts are longer then.
@@ -144,7 +144,7 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
         return {key: batch[0] for key, batch in mdp.observe(state).items()}
 
     def render(self) -> Any:
-        """``"rgb_array"``: the picture beside the grids, uint8 ``(h, w, 3)``. ``"ansi"``: the same as text."""
+        """``"rgb_array"``: the image beside the grids, uint8 ``(h, w, 3)``. ``"ansi"``: the same as text."""
         return render_row(self.render_mode, self.tokenizer, self._state, 0)
 
     def clone_state(self) -> EpisodeState:

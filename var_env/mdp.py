@@ -67,7 +67,7 @@ def start(tokenizer: VisualTokenizer, scenes: Sequence[Scene], limit: int = MAX_
 
 
 def step(tokenizer: VisualTokenizer, reward: Reward, state: State | None, action: Any, batched: bool) -> State:
-    """Read the action, append it and, after the last grid, score the picture. The given state stays as it is.
+    """Read the action, append it and, after the last grid, score the image. The given state stays as it is.
 
     Raises:
         ResetNeeded: there is no episode, or it is over.
@@ -281,7 +281,7 @@ def components(
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer.image_size != world.size:
         raise ValueError(
-            f"the tokenizer draws pictures of {tokenizer.image_size} px and the world has {world.size} px: "
+            f"the tokenizer draws images of {tokenizer.image_size} px and the world has {world.size} px: "
             f"set size={tokenizer.image_size}, or tokenizer= to one that was trained at {world.size} px"
         )
     if isinstance(reward, str):

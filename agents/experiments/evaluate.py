@@ -1,9 +1,9 @@
-"""Measure a policy on held-out prompts: the paper's metrics with 95 % bootstrap intervals, and a picture.
+"""Measure a policy on held-out prompts: the paper's metrics with 95 % bootstrap intervals, and an image.
 
     vartext evaluate                                              # the shipped base policy
     vartext evaluate --policy runs/compare-quick/grpo/seed0/policy.safetensors
     vartext evaluate --policy runs/train/agent.zip --prompts 1024 --temperature 0.8
-    vartext evaluate --best-of 8                                  # the best by reward of 8 pictures a prompt
+    vartext evaluate --best-of 8                                  # the best by reward of 8 images a prompt
     vartext evaluate --clip openai/clip-vit-base-patch32          # with CLIPScore, the paper's third metric
     vartext evaluate --temperatures-of runs/compare-quick/grpo/seed0/policy.safetensors
     vartext evaluate --prompts-from dnkdnk/CVTG-2K --prompts 2000 --clip openai/clip-vit-large-patch14
@@ -18,10 +18,10 @@ average: its word accuracy and NED are means over words, where the first table's
 compares with "A photo depicts " before the prompt in both. With a list it is OCR accuracy that is added, Flow-GRPO's.
 
 --gates prints two gates and exits with status 1 when one is missed:
-  1. tokenizer: of the words of held-out scenes that OCR reads in the original pictures, the share that it also reads
+  1. tokenizer: of the words of held-out scenes that OCR reads in the original images, the share that it also reads
      after encode and decode is at least 0.97;
   2. policy: drawn with the default sampler, its held-out word accuracy lies in 0.35 to 0.70, and nothing is read in at
-     most 10 % of the pictures.
+     most 10 % of the images.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="draw N pictures for each prompt and keep the one with the highest reward (default: %(default)s)",
+        help="draw N images for each prompt and keep the one with the highest reward (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and of the sampler (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="(default: %(default)s)")
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         require_at_least_one(prompts=args.prompts, best_of=args.best_of)
         require_folder(args.out)
         if args.gates and args.prompts_from:
-            raise ValueError("--gates draws the original pictures of rendered words: leave out --prompts-from")
+            raise ValueError("--gates draws the original images of rendered words: leave out --prompts-from")
     return args
 
 

@@ -69,7 +69,7 @@ def tokenizer_gate(env: VARTextVectorEnv, scenes: Sequence[Scene]) -> tuple[floa
 
 @torch.no_grad()
 def reconstruct(env: VARTextVectorEnv, images: np.ndarray) -> np.ndarray:
-    """Pictures ``(B, S, S, 3)`` through the tokenizer and back."""
+    """Images ``(B, S, S, 3)`` through the tokenizer and back."""
     tokenizer = env.tokenizer
     canvas = tokenizer.blank(len(images))
     for t, grid in enumerate(tokenizer.encode(torch.from_numpy(images).to(tokenizer.device))):
@@ -86,7 +86,7 @@ def check_gates(policy: Policy, env: VARTextVectorEnv, scenes: list[Scene], seed
     gates = [
         (f"tokenizer: share of {readable} readable words kept", share, f">= {TOKENIZER_GATE}", share >= TOKENIZER_GATE),
         ("policy: word accuracy", accuracy, f"{low} to {high}", low <= accuracy <= high),
-        ("policy: pictures in which nothing is read", nothing, f"<= {NOTHING_GATE}", nothing <= NOTHING_GATE),
+        ("policy: images in which nothing is read", nothing, f"<= {NOTHING_GATE}", nothing <= NOTHING_GATE),
     ]
     rows = [[name, f"{value:.3f}", target, "PASS" if met else "FAIL"] for name, value, target, met in gates]
     print(table([f"Gate, {len(scenes)} held-out scenes", "Measured", "Target", ""], rows))
@@ -118,7 +118,7 @@ def table_by_words(by_words: Mapping[int, Mapping[str, Any]]) -> str:
 
 
 def ocr_accuracy(scene: Scene, read: Sequence[str]) -> float:
-    """Flow-GRPO's OCR accuracy of one picture, in [0, 1]."""
+    """Flow-GRPO's OCR accuracy of one image, in [0, 1]."""
     edits, length = edit_counts(scene.words, read, "flow_grpo")
     return max(1 - edits / length, 0.0)
 
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
         decoding = decoding_from(args, Decoding())
         clip = CLIPScore(args.clip, args.device) if args.clip and not args.gates else None
         if clip:
-            clip.load()  # before the pictures are drawn, should it be missing
+            clip.load()  # before the images are drawn, should it be missing
     if args.gates:
         return int(not check_gates(policy, env, scenes, args.seed))
     evaluation = evaluate(policy, env, scenes, decoding, args.seed, BATCH, args.best_of)

@@ -9,7 +9,7 @@
 Options that take several values span a grid. Every row starts from the same base policy, prompts and noise; read the
 differences with the standard error that is printed. ``--signal N`` trains nothing: it draws N independent batches and
 prints the mean cosine between their gradients. Near zero means that an update is mostly noise, and that a small
-learning rate, a KL term that pulls back, or more pictures have to carry the learning.
+learning rate, a KL term that pulls back, or more images have to carry the learning.
 
 ``--prefix-share N`` trains nothing either: for every split m it draws 4 prefixes for each of N prompts and 4 suffixes
 for each prefix, and prints how much of the reward's variance within a prompt the prefix decides. That is what VMR's
