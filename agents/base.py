@@ -90,7 +90,7 @@ class Agent(Trainable):
         max_grad_norm: Annotated[float, "the gradient is scaled down to this norm."] = 1.0,
         max_skipped: Annotated[
             int,
-            "so many optimiser steps in a row may be skipped since their loss or gradient is not finite, before "
+            "so many optimiser steps in a row may be skipped because their loss or gradient is not finite, before "
             "training ends with an error; 0 ends it at once. A run that goes on from a checkpoint meets the "
             "same numbers again, so without this one bad batch would be its end.",
         ] = 3,
@@ -356,7 +356,7 @@ class Agent(Trainable):
 
     @property
     def keeps_support(self) -> bool:
-        """Whether rollouts keep the codes that a truncated sampler could draw."""
+        """Whether rollouts keep the tokens that a truncated sampler could draw."""
         return False
 
     def next_prompt_seed(self) -> int:
@@ -408,7 +408,7 @@ class Agent(Trainable):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """The next grid on the canvas, ``(H, W)`` for one observation and ``(N, H, W)`` for a batch.
 
-        Decodes as in training, or takes the likeliest codes. Draws from torch's global generator, so predicting does
+        Decodes as in training, or takes the likeliest tokens. Draws from torch's global generator, so predicting does
         not change a training run. Nothing is remembered between calls, and ``state`` comes back as it is. A prompt
         unlike those of the world is warned of once, see ``var_env/unfamiliar.py``.
         """
@@ -430,7 +430,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def same_tokenizer(one: VisualTokenizer, other: VisualTokenizer) -> bool:
-    """Whether two tokenizers have the same grids, codes and weights."""
+    """Whether two tokenizers have the same grids, vocabulary and weights."""
     if one is other:
         return True
     alike = [(t.schedule, t.vocab_size, t.depth, *t.state_dict()) for t in (one, other)]

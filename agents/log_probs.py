@@ -50,9 +50,9 @@ class LogProbs(Agent):
         ] = "loss",
         support: Annotated[
             str,
-            '"model" learns with the model\'s own log-probabilities; "sampler" renormalises them on the codes '
+            '"model" learns with the model\'s own log-probabilities; "sampler" renormalises them on the tokens '
             "that a truncated sampler could draw, frozen at sampling. Pushing down truncated samples otherwise "
-            "leaks probability to codes that are never shown, so truncated training needs this or a strong KL.",
+            "leaks probability to tokens that are never shown, so truncated training needs this or a strong KL.",
         ] = "model",
         micro_batch: Annotated[
             int | None,
@@ -94,7 +94,7 @@ class LogProbs(Agent):
 
     @property
     def needs_everything(self) -> str | None:
-        """The option, if there is one, that takes the log-probabilities of all codes and not of the tokens alone."""
+        """The option, if any, that needs the log-probabilities of the whole vocabulary at each place."""
         if self.kl == "full":
             return "kl='full'"
         return "support='sampler'" if self.support == "sampler" else None

@@ -370,7 +370,7 @@ class TokenizerContract:
 
 
 def random_grids(tokenizer: VisualTokenizer, batch: int, seed: int = 0) -> list[Tensor]:
-    """T grids of codes drawn uniformly, int64 ``(batch, n_t, D)``."""
+    """T grids of tokens drawn uniformly, int64 ``(batch, n_t, D)``."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [(batch, n, tokenizer.depth) for n in tokenizer.schedule.sizes]
     return [torch.randint(tokenizer.vocab_size, size, generator=generator) for size in sizes]

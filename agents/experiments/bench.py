@@ -6,7 +6,7 @@
 
 Every number is the median over --repeats, after one run to warm up. What is measured, for a batch of --images:
 
-- **environment steps/s**: grids appended a second, one a row and step, with codes given and a reward that is free;
+- **environment steps/s**: grids appended a second, one a row and step, with tokens given and a reward that is free;
   writing on the canvas and decoding the image count.
 - **rollout images/s**: prompts drawn, sampled with the policy, decoded and read: an iteration without its update.
 - **environment's own share**: of a rollout's time, what `reset`, `step` and `fork` of the batched environment take,
@@ -16,7 +16,7 @@ Every number is the median over --repeats, after one run to warm up. What is mea
   one, right after, as `rapidocr.RapidOCR()(image)` does; the same text means the same words in the same order. Where
   the two differ, the words that were asked for tell who is right.
 - **cached sampling**: all scales of a batch drawn with the cache, prompts encoded once a group as in a rollout, against
-  the whole prefix, prompt and canvas included, run again at every scale. That both draw the same codes from the same
+  the whole prefix, prompt and canvas included, run again at every scale. That both draw the same tokens from the same
   noise is checked first, in double precision, so that rounding cannot tip a draw. Left out for a raster, where it
   would take hundreds of passes.
 - **share of the device's peak**: the floating-point operations of cached sampling, of a teacher-forced forward pass and

@@ -280,7 +280,7 @@ class Bench:
         try:
             pairs = zip(self.sample(exact, prompts, True), self.sample(exact, prompts, False), strict=True)
             if not all(torch.equal(cached, again) for cached, again in pairs):
-                raise RuntimeError("cached and repeated sampling drew different codes from the same noise")
+                raise RuntimeError("cached and repeated sampling drew different tokens from the same noise")
         finally:
             torch.set_default_dtype(torch.float32)
         cached = self.seconds("cached sampling", lambda: self.sample(self.policy, prompts, True))

@@ -126,9 +126,9 @@ def add_model_options(parser: Parser) -> None:
 def add_decoding_options(parser: Parser) -> None:
     """How images are drawn, for `decoding_from`."""
     group = parser.add_argument_group("how images are drawn")
-    group.add_argument("--temperature", type=float, help="0 takes the likeliest code (default: 1)")
-    group.add_argument("--top-k", type=int, help="keep the k likeliest codes; 0 keeps all (default: 0)")
-    group.add_argument("--top-p", type=float, help="keep the fewest codes of this probability (default: 1)")
+    group.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: 1)")
+    group.add_argument("--top-k", type=int, help="keep the k likeliest tokens; 0 keeps all (default: 0)")
+    group.add_argument("--top-p", type=float, help="keep the fewest tokens of this probability (default: 1)")
     group.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is off (default: 1)")
 
 
