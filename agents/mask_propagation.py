@@ -1,8 +1,8 @@
 """Mask Propagation (MP): the policy gradient goes to the tokens that the reward looked at (section 3.5, Figure 4).
 
-The regions that decide the reward, here the boxes of the text, make a mask on the finest grid, and the mask is
-propagated backward, from finer to coarser grids. It gates the policy term of the loss and leaves the KL term alone, so
-that the rest of the image is held where it is.
+The regions that decide the reward, here the boxes of the text, become a mask on the finest grid. The mask is propagated
+from finer to coarser grids. It gates the policy term of the loss. It leaves the KL term alone, so that the KL holds the
+rest of the image as it is.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def boxes_to_mask(boxes: Boxes, schedule: ScaleSchedule, soft: bool = False, dil
     Soft, float32: the share of the cell's pixels that any box overlaps in this sense. Boxes may stick out of the
     image, and each grows by ``dilation`` pixels on every side.
 
-    All is on when no box overlaps the image: there is none, or they have no area, or they lie outside. Images in
-    which nothing can be read are the worst ones, and with an empty mask they would teach nothing.
+    When no box overlaps the image, all cells are on: there is no box, or boxes have no area or lie outside. Images in
+    which nothing can be read are the worst, and an empty mask would let them teach nothing.
     """
     h, w = schedule.canvas
     p = schedule.patch
@@ -100,24 +100,22 @@ def overlap(coarse: int, fine: int) -> Tensor:
 
 @register("mp")
 class MaskPropagation(Wrapper):
-    """Gates the policy term by the propagated mask of what the reward looked at.
+    """Gates the policy term of the loss by a mask: the regions that the reward looked at, propagated to all scales.
 
-    That is each row's text. The KL term stays as it is. A row with K images, such as a prefix of VMR, has K masks
-    and one advantage. By default it has their union, since each of them tells what became of the row. Where nothing was
-    read in one of them, `boxes_to_mask` makes all tokens count, and so does the union: it grows with K, and one
-    unreadable image in K undoes it.
+    The KL term is not gated. A row with K images, such as a prefix of VMR, has K masks and one advantage. By default
+    its mask is their union, because each image shows what became of the row. The union grows with K. When nothing was
+    read in one of the K images, `boxes_to_mask` makes all tokens count, and so does the union.
 
-    The alternatives keep a token where all K images were looked at ("intersection"), or let every image gate its
-    own K-th of the row's advantage ("mean"): a token then weighs the share of the K images that were looked at there.
-    They propagate each image's mask to all scales before they combine: the finest masks of K images may have
-    nothing in common where the coarser tokens that they come from do. An intersection can leave a row no token at a
-    scale.
+    There are two alternatives. "intersection" keeps a token where the reward looked in all K images. "mean" gives a
+    token the share of the K images in which the reward looked there. Both propagate each image's mask to all scales
+    before they combine, because the finest masks may share no cell while the coarser tokens above them do. An
+    intersection can leave a row without any token at a scale.
 
-    With GRPO's ``ratio_level="token"`` no policy gradient reaches a masked token. At the other levels a kept token's
-    ratio is a mean over its grid or row, masked tokens included, and through it some does.
+    With GRPO's ``ratio_level="token"`` no policy gradient reaches a masked token. At the other levels some does,
+    because a kept token's ratio is a mean over its grid or row, masked tokens included.
 
-    Logs ``mask/kept_``, the mean of the mask for every scale, and to TensorBoard ``mask/propagated``, every
-    ``image_interval`` updates: images with their boxes beside the masks of all scales.
+    Logs ``mask/kept_``, the mean of the mask at every scale. Every ``image_interval`` updates it logs
+    ``mask/propagated`` to TensorBoard: images with their boxes beside the masks of all scales.
 
     Args:
         agent: the agent, or wrapper, inside.

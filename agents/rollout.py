@@ -1,8 +1,8 @@
-"""Sampling images: unroll a policy in lockstep environments, and what came of it.
+"""Sampling: a policy draws images in environments that step together, and `Rollout` records the result.
 
-`unroll` is the inner loop and knows nothing of groups; `collect` draws G images for each of P prompts, or a tree of
-them, for VMR and Tree GRPO. A prompt's condition is encoded once, and cache and environments are forked from there:
-what images share is computed once.
+`unroll` is the inner loop and knows nothing of groups. `collect` draws G images for each of P prompts, or a tree of
+images for VMR and Tree GRPO. What images share is computed once: a prompt is encoded once, and the policy's cache and
+the environments are forked where images part.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def weights_version(policy: Policy) -> int:
 class Rollout:
     """What one iteration sampled: ``B = P * G`` rows to learn from, row ``p * G + g`` being sample g of prompt p.
 
-    A row was decoded and scored as ``K`` images, image ``b * K + k`` being suffix k of row b. K is 1, and a row
-    is an image, but for the prefixes of VMR, whose grids end before the image does: see `merge`.
+    A row was decoded and scored as ``K`` images; image ``b * K + k`` is suffix k of row b. Usually K is 1 and a row is
+    an image. Only the prefixes of VMR have more, because their grids end before the image does: see `merge`.
 
-    An update asks for ``cond`` and ``draws``; the rest is for rewards, masks and eyes.
+    An update reads ``cond`` and ``draws``. Rewards, masks and logs read the rest.
     """
 
     cond: Any  # the policy's condition, B rows
@@ -98,7 +98,7 @@ class Rollout:
         return self.returns.shape[2]
 
     def require_current(self, policy: Policy, steps: range) -> None:
-        """That ``old_logp``, ``ref_logp`` and ``features``, if there, are of the policy as it is and of these steps.
+        """Check that ``old_logp``, ``ref_logp`` and ``features``, if given, belong to today's weights and these steps.
 
         Raises:
             ValueError: the weights have changed since, as after an update.
@@ -123,7 +123,7 @@ class Rollout:
             )
 
     def merge(self, policy: Policy, suffixes: int, grids: int, value: Callable[[Tensor], Tensor]) -> Rollout:
-        """One row for each ``suffixes`` rows that share their first ``grids`` grids, the others left out.
+        """Merge each run of ``suffixes`` rows, which share their first ``grids`` grids, into one row of those grids.
 
         ``policy`` made the condition, and ``value`` maps returns ``(P, G, K)`` to the new rows' scores ``(P, G)``.
         """
@@ -140,7 +140,7 @@ class Rollout:
         )
 
     def before_update(self) -> dict[str, Any]:
-        """Of ``old_logp``, ``ref_logp`` and ``features`` those that there are."""
+        """Those of ``old_logp``, ``ref_logp`` and ``features`` that are not ``None``, by name."""
         found = {name: getattr(self, name) for name in ("old_logp", "ref_logp", "features")}
         return {name: values for name, values in found.items() if values is not None}
 
@@ -170,7 +170,7 @@ class Rollout:
 
     @staticmethod
     def concatenate(policy: Policy, rollouts: Sequence[Rollout]) -> Rollout:
-        """The prompts of several rollouts of the same G and K in one; ``policy`` encodes the prompts together."""
+        """Join rollouts of the same G and K, prompt after prompt; ``policy`` encodes all prompts in one batch."""
         scenes = [scene for rollout in rollouts for scene in rollout.scenes]
         first, before = rollouts[0], [rollout.before_update() for rollout in rollouts]
         assert all(rollout.version == first.version for rollout in rollouts), "of one policy, as it is"
@@ -192,7 +192,7 @@ class Rollout:
         )
 
     def scored(self, found: RewardOutput) -> Rollout:
-        """The rollout of one image a row with what a reward found in its images."""
+        """This rollout, of one image a row, with the scores and the findings of a reward."""
         mdp.require_applicable(found, self.scenes)
         scores = torch.as_tensor(found.scores).view_as(self.scores)
         return replace(
@@ -206,10 +206,10 @@ class Rollout:
         )
 
     def summary(self, processes: Processes = Processes()) -> dict[str, float]:  # noqa: B008 (alone)
-        """Scalars to log: the reward's mean and spread, its parts and what is beside it where they apply, and the
-        sampler's tail.
+        """Scalars to log: the reward's mean and spread, its parts, metrics beside it, and the sampler's tail mass.
 
-        Over the rollouts of all processes, each of which has to call it.
+        Parts and metrics are means over the samples to which they apply. All processes must call this, because the
+        numbers are over the rollouts of all of them.
         """
         returns, scores = processes.gather(self.returns).double(), processes.gather(self.scores)
         groups = scores.double().std(1, correction=0)
@@ -278,10 +278,10 @@ def unroll(
     keep_support: bool = False,
     on_step: Callable[[VARTextVectorEnv], None] | None = None,
 ) -> Trail:
-    """Continue the episodes in ``envs`` over ``steps``, which start at ``envs.t``. Uses caches and envs up.
+    """Continue the episodes in ``envs`` over ``steps``, which start at ``envs.t``. Changes ``caches`` and ``envs``.
 
-    ``on_step`` is called after each environment step and may raise to stop. After the last grid the images are decoded
-    and handed to the reward first.
+    ``on_step`` is called after each environment step and may raise to stop. After the last grid the images are first
+    decoded and handed to the reward.
     """
     trail = Trail()
     seconds = trail.seconds
@@ -325,9 +325,9 @@ def collect(
 
     The prompts are ``scenes``, one for each environment, or else what ``envs`` samples, from ``seed`` if it is given.
 
-    With ``fork_at=(m, k)``, every row forks into k before grid m, which share what they have so far, the cache
-    included: then a prompt has ``group_size * k`` images, those of one prefix side by side. Several such pairs, m
-    growing, fork one after the other.
+    With ``fork_at=(m, k)``, every row forks into k rows before grid m. They share their grids and their cache so far.
+    A prompt then has ``group_size * k`` images, and those of one prefix stand side by side. Several such pairs, with
+    growing m, fork one after the other.
     """
     rollout, answer = collect_unscored(
         policy,
@@ -419,11 +419,11 @@ def collect_in_parts(
     while_scored: Callable[[Rollout], Rollout] = lambda rollout: rollout,
     **more: Any,
 ) -> Rollout:
-    """`collect`, the prompts in several parts: while one is scored by a `RewardPool`, the next is drawn.
+    """`collect` in several parts of the prompts: a `RewardPool` scores one part while the next one is drawn.
 
-    The same prompts as in one part, with other noise: the sampler draws for one part after the other. When all are
-    drawn, ``while_scored`` may add to the rollout what needs no scores, which are NaN then. Its time is "ahead", and
-    the time for the reward is what is left of it after that.
+    The prompts are the same as in one part. The noise is not, because the sampler draws for one part after the other.
+    When all are drawn, scores are still NaN, and ``while_scored`` may add to the rollout what needs no scores. Its time
+    is booked as "ahead", and "reward" is the time that is then still spent waiting.
 
     Raises:
         ValueError: the environment's reward is no pool.

@@ -1,15 +1,16 @@
 """VMR, Value as Middle Return: GRPO in two stages, before and after a middle step m (section 3.3).
 
-A prefix of m grids is worth the soft value of what follows from it, estimated from K suffixes (eq. 10). So a **prefix
-update** learns m short grids from a return that the noise of the long suffix no longer blurs, and a **suffix update**
-learns the rest from prefixes that stay as they are. Both are GRPO with a KL penalty of their own (eq. 5).
+The value of a prefix of m grids is the soft mean of the rewards of its continuations. K suffixes estimate it (eq. 10).
+A **prefix update** learns the first m grids from this value, which averages over the noise of the long suffix. A
+**suffix update** learns the other grids and leaves the prefix as it is. Both are GRPO with a KL penalty of their own
+(eq. 5).
 
-An iteration samples one of two trees, in which branches share all that was computed before the fork:
+An iteration samples one of two trees. Branches share all that was computed before their fork:
 
-- prefix: P prompts, G prefixes each, K suffixes each; G values a prompt, normalised among themselves;
-- suffix: P prompts, one prefix each, G suffixes; G rewards a prefix, normalised among themselves.
+- prefix: P prompts, G prefixes for each, K suffixes for each prefix. The G values of a prompt are normalised.
+- suffix: P prompts, one prefix for each, G suffixes. The G rewards of a prefix are normalised.
 
-Images are what costs: a prefix update decodes P * G * K of them, and a suffix update P * G.
+The cost is in images: a prefix update decodes P * G * K of them, and a suffix update P * G.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ def middle_return(returns: Tensor, eta: float) -> Tensor:
 
 @register("vmr")
 class VMR(GRPO):
-    """Two-stage GRPO: prefixes learn from the soft value of their suffixes, then suffixes learn.
+    """Two-stage GRPO: prefix updates learn from the soft value of suffixes, suffix updates from the rewards.
 
     Args:
         policy, env: and more keywords, as in `GRPO`.
 
-    With ``split="auto"`` it logs ``vmr/split``, the m of the update, and for each m that has been measured
+    With ``split="auto"`` it logs ``vmr/split``, the m of the update. For each m measured so far it logs
     ``vmr/decided_m``, the share of the variance that the prefix decides, and ``vmr/worth_m``, which the rule compares.
 
     Attributes:
@@ -188,7 +189,7 @@ class VMR(GRPO):
 
     @torch.no_grad()
     def suffix_kl(self, rollout: Rollout, m: int) -> Tensor:
-        """log policy - log reference of the grids from m on, of rollouts with one image a row: as ``returns``."""
+        """The KL estimate "k1" summed over the grids from m on, in the shape of ``returns``; for one image a row."""
         reference, suffix = self.require_reference(), range(m, len(self.policy.schedule))
 
         def of_rows(rows: Tensor) -> Tensor:
@@ -198,8 +199,8 @@ class VMR(GRPO):
         return self.in_micro_batches(of_rows, rollout).view_as(rollout.returns).to(rollout.returns)
 
     def timesteps(self, images: int) -> int:
-        """See `Agent.timesteps`. An image takes the more steps the earlier the split, so "auto" counts with the
-        earliest: no run ends before its images are drawn, and the remaining progress ends above 0."""
+        """See `Agent.timesteps`. The earlier the split, the more steps an image takes. "auto" counts with the earliest
+        split, so that no run ends before its images are drawn; its remaining progress then ends above 0."""
         if self.split == len(self.policy.schedule):
             return super().timesteps(images)
         m = 1 if self.split_rule is not None else self.m
