@@ -1,7 +1,8 @@
-"""The agents' common half: Stable-Baselines3's contract, the environment, sampling, the learning loop and the budget.
+"""`Agent`, the base class of all algorithms: environment, sampling, the learning loop, the budget, prediction.
 
-An algorithm subclasses `Agent` and writes `iterate`, one round of sampling and learning; see ``grpo.py``. Beneath it
-stand the weights and their optimiser, ``trainable.py``, and what is saved, ``restorable.py``.
+It keeps Stable-Baselines3's interface. An algorithm subclasses `Agent` and writes `iterate`, one round of sampling and
+learning; see ``grpo.py``. `Agent` itself stands on ``trainable.py``, the weights and their optimiser, and on
+``restorable.py``, what is saved.
 """
 
 from __future__ import annotations
@@ -44,25 +45,24 @@ AgentT = TypeVar("AgentT", bound="Agent")
 
 
 class StopLearning(Exception):
-    """A callback ended the training in the middle of a rollout, which is dropped."""
+    """A callback ended the training in the middle of a rollout. That rollout is dropped."""
 
 
 class Agent(Trainable):
-    """An agent that learns on ``VARText-v0`` by sampling groups of pictures.
+    """An agent that learns on ``VARText-v0`` by sampling groups of images.
 
     Args:
         policy: trained in place. "base" is the shipped policy, ``policies.SHIPPED`` has more; a path loads a file of
             its ``save``.
         env: an id, a single environment or a batched one, or ``None`` to only predict.
 
-    Each option stands in the constructor beside its type and default, with what it does; so it does in subclasses.
+    The constructor says of each option what it does, beside its type and default. Subclasses do the same.
 
     Attributes:
         min_group_size: of the class: 2 where an algorithm compares the images of a prompt with each other.
-        num_timesteps: environment steps, one a grid and row. It alone starts again with ``learn()``'s
-            ``reset_num_timesteps``; the rest count the agent's whole life, files included.
-        images_decoded, tokens_sampled, n_updates: pictures (reward calls), tokens, calls of ``update``; of all
-            processes together.
+        num_timesteps: environment steps, one for each grid of each row. ``learn(reset_num_timesteps=True)`` starts
+            this count again. The other counters are never reset, and saved files keep them.
+        images_decoded, tokens_sampled, n_updates: reward calls, tokens, calls of ``update``, over all processes.
         skipped_steps: optimiser steps that were skipped, see ``max_skipped``.
         seconds: time in sampling, decoding, reward and update; callbacks do not count.
         reference: the frozen policy that the KL term holds on to, if the algorithm has one.
@@ -77,7 +77,7 @@ class Agent(Trainable):
         policy: Policy | str | Path,
         env: str | gym.Env | gym.vector.VectorEnv | None,
         *,
-        group_size: Annotated[int, "G, pictures for each prompt; at least ``min_group_size``."] = 8,
+        group_size: Annotated[int, "G, images for each prompt; at least ``min_group_size``."] = 8,
         prompts_per_update: Annotated[
             int,
             "P, of all processes together. The prompts of update u depend on the seed and on u alone, whatever "
@@ -91,7 +91,7 @@ class Agent(Trainable):
         max_grad_norm: Annotated[float, "the gradient is scaled down to this norm."] = 1.0,
         max_skipped: Annotated[
             int,
-            "so many optimiser steps in a row may be skipped since their loss or gradient is not finite, before "
+            "so many optimiser steps in a row may be skipped because their loss or gradient is not finite, before "
             "training ends with an error; 0 ends it at once. A run that goes on from a checkpoint meets the "
             "same numbers again, so without this one bad batch would be its end.",
         ] = 3,
@@ -114,7 +114,7 @@ class Agent(Trainable):
         decoding: Annotated[Decoding, "how training samples are drawn."] = Decoding(),  # noqa: B008 (frozen)
         image_interval: Annotated[
             int,
-            "updates between two pictures of samples in TensorBoard; 0 for none.",
+            "updates between two images of samples in TensorBoard; 0 for none.",
         ] = 10,
         seed: Annotated[int | None, "0 to 2**64 - 1; ``None`` draws one."] = None,
         tensorboard_log: Annotated[str | None, "as in Stable-Baselines3."] = None,
@@ -197,11 +197,11 @@ class Agent(Trainable):
 
     @property
     def best_of(self) -> int:
-        """Pictures drawn for each prompt in evaluations, of which the best rewarded counts. 1 but for `BestOfN`."""
+        """Evaluations draw this many images for each prompt and keep the best rewarded. 1, except for `BestOfN`."""
         return 1
 
     def timesteps(self, images: int) -> int:
-        """Environment steps in which this agent decodes about as many pictures, for ``learn(total_timesteps)``."""
+        """How many environment steps this agent takes to decode about ``images``, for ``learn(total_timesteps)``."""
         return images * len(self.policy.schedule)
 
     @property
@@ -253,7 +253,7 @@ class Agent(Trainable):
         """
         if self.env is None:
             raise ValueError("this agent has no environment to learn on: pass env= to load(), or call set_env()")
-        for part in (self, *self.wrappers):  # once more, since load() and others may set another size
+        for part in (self, *self.wrappers):  # once more, because load() and others may set another size
             require_groups(type(part), self.group_size)
         if not self.processes.is_first:
             self.set_logger(Logger(None, []))
@@ -309,7 +309,7 @@ class Agent(Trainable):
         return callbacks
 
     def sample(self) -> Rollout:
-        """`collect` for new prompts, told to the callback, checked, counted and logged."""
+        """`collect` images for new prompts. Tells the callback, checks the rewards, keeps the time and logs."""
         self.callback.on_rollout_start()
         try:
             rollout = self.collect(self.next_prompt_seed())
@@ -325,7 +325,7 @@ class Agent(Trainable):
         return rollout
 
     def collect(self, seed: int) -> Rollout:
-        """Draw G pictures for each of the P prompts of ``seed``. Another way of sampling goes here."""
+        """Draw G images for each of the P prompts of ``seed``. Override this for another way of sampling."""
         return self.draw(seed, self.group_size)
 
     def draw(self, seed: int, group_size: int, fork_at: tuple[int, int] | Forks | None = None) -> Rollout:
@@ -345,18 +345,19 @@ class Agent(Trainable):
         return collect(self.policy, self.env, group_size, self.decoding, seed=seed, **how)
 
     def while_scored(self, rollout: Rollout) -> Rollout:
-        """Called while a `RewardPool` scores what `draw` drew: add what the update asks for and no score changes."""
+        """Called while a `RewardPool` scores a rollout. Override it to compute what the update needs besides scores."""
         return rollout
 
     @property
     def _noise(self) -> torch.Generator | SharedNoise:
-        """Where a rollout's noise comes from."""
-        together = self.processes
-        return self.generator if together.count == 1 else SharedNoise(self.generator, together.rank, together.count)
+        """The random generator of a rollout's samples."""
+        if self.processes.count == 1:
+            return self.generator
+        return SharedNoise(self.generator, self.processes.rank, self.processes.count)
 
     @property
     def keeps_support(self) -> bool:
-        """Whether rollouts keep the codes that a truncated sampler could draw."""
+        """Whether rollouts keep the tokens that a truncated sampler could draw."""
         return False
 
     def next_prompt_seed(self) -> int:
@@ -408,7 +409,7 @@ class Agent(Trainable):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """The next grid on the canvas, ``(H, W)`` for one observation and ``(N, H, W)`` for a batch.
 
-        Decodes as in training, or takes the likeliest codes. Draws from torch's global generator, so predicting does
+        Decodes as in training, or takes the likeliest tokens. Draws from torch's global generator, so predicting does
         not change a training run. Nothing is remembered between calls, and ``state`` comes back as it is. A prompt
         unlike those of the world is warned of once, see ``var_env/unfamiliar.py``.
         """
@@ -430,7 +431,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def same_tokenizer(one: VisualTokenizer, other: VisualTokenizer) -> bool:
-    """Whether two tokenizers have the same grids, codes and weights."""
+    """Whether two tokenizers have the same grids, vocabulary and weights."""
     if one is other:
         return True
     alike = [(t.schedule, t.vocab_size, t.depth, *t.state_dict()) for t in (one, other)]

@@ -1,4 +1,4 @@
-"""Best-of-n: no learning, but n pictures for each prompt when it counts, and the reward chooses."""
+"""Best-of-n: no learning, but n images for each prompt when it counts, and the reward chooses."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from agents.grpo import GRPO
 
 @register("best_of_n")
 class BestOfN(GRPO):
-    """Best of n: nothing is learned; of n pictures for each prompt the best rewarded is used.
+    """Best of n: nothing is learned; of n images for each prompt the best rewarded is used.
 
-    The bar that learning has to clear: it costs n reward calls for every picture used, whenever one is used, where a
-    trained policy costs one picture and no reward call. Like training it follows the reward off the mark, which the
-    word accuracy of the chosen pictures tells.
+    The bar that learning has to clear: it costs n reward calls for every image used, whenever one is used, where a
+    trained policy costs one image and no reward call. Like training it follows the reward off the mark, which the
+    word accuracy of the chosen images tells.
 
     ``HeldOutEval``, or `evaluate` with ``best_of=agent.best_of``, choose; `predict` draws one sample, as always. The
     options of `GRPO` are taken, so that wrappers, probes and scripts work as with any agent, and change nothing.
@@ -28,9 +28,7 @@ class BestOfN(GRPO):
 
     min_group_size = 1
 
-    def __init__(
-        self, policy: Any, env: Any, *, n: Annotated[int, "pictures to choose from."] = 8, **grpo: Any
-    ) -> None:
+    def __init__(self, policy: Any, env: Any, *, n: Annotated[int, "images to choose from."] = 8, **grpo: Any) -> None:
         require_at_least(1, n=n)
         super().__init__(policy, env, **grpo)
         self.n = n
@@ -48,5 +46,5 @@ class BestOfN(GRPO):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> BestOfN:
-        """Tell the callback of a beginning and an end, with nothing between: no picture is drawn and none is due."""
+        """Tell the callback of a beginning and an end, with nothing between: no image is drawn and none is due."""
         return super().learn(0, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

@@ -38,7 +38,7 @@ class StopAfter(AgentCallback):
     Budgets count the agent's life, so that a resumed run ends where an uninterrupted one does.
 
     Args:
-        images: pictures decoded, each scored once.
+        images: decoded so far, each scored once.
         updates: policy updates.
         seconds: of sampling, scoring and updating; evaluations do not count.
     """
@@ -52,7 +52,7 @@ class StopAfter(AgentCallback):
     def _on_step(self) -> bool:
         agent = self.model
         if self.locals["envs"].t < len(self.locals["envs"].schedule):
-            return True  # in the middle of a picture
+            return True  # in the middle of an image
         spent = {"images": agent.images_decoded, "updates": agent.n_updates + 1, "seconds": agent.seconds}
         return not any(
             limit is not None and spent[name] >= limit
@@ -69,7 +69,7 @@ class HeldOutEval(AgentCallback):
         every: updates between two evaluations.
         prompts: number of scenes, or the scenes themselves.
         split, seed: where the scenes are drawn from, and the noise; the same for every agent.
-        decoding: how pictures are drawn; default as in training.
+        decoding: how images are drawn; default as in training.
 
     Attributes:
         history: (update, Evaluation) pairs.
@@ -129,7 +129,7 @@ class HeldOutEval(AgentCallback):
 class BestCheckpoint(HeldOutEval):
     """Evaluates as `HeldOutEval` does, and keeps the policy with the best value so far in a file of weights.
 
-    Training raises the reward whether or not the pictures become better, so the choice is made by a metric that is not
+    Training raises the reward whether or not the images become better, so the choice is made by a metric that is not
     the reward. What is kept is the agent's ``best_policy``, and the first of equals. Logs ``eval/best_word_accuracy``,
     or whatever the metric is called.
 

@@ -21,8 +21,8 @@ import torch
 
 from agents import restorable
 from agents.base import Agent
-from agents.common import processes
 from agents.common.files import replacing
+from agents.common.processes import current
 from agents.recipes import known
 from agents.restorable import rebuild
 from agents.saving import folder as folders
@@ -56,19 +56,19 @@ class Checkpoints:
             OSError: it could not be written; the earlier ones are as they were.
             TypeError: a setting of the agent cannot be stored; see ``agents/saving/stored.py``.
         """
-        path, together = self.folder / f"checkpoint-{agent.n_updates:08}", agent.unwrapped.processes
-        if together.is_first or together.shards:
+        path, processes = self.folder / f"checkpoint-{agent.n_updates:08}", agent.unwrapped.processes
+        if processes.is_first or processes.shards:
             saved = agent.parts()
-        if together.is_first:
+        if processes.is_first:
             with replacing(path) as part:
                 folders.write(saved, part)
                 if path.exists():  # of the same update, as after going on from it
                     path.rename(self.folder / f"replaced-{path.name}")  # until the new one has its place
             for old in [*self.paths()[self.keep :], *self.folder.glob("replaced-*")]:
                 shutil.rmtree(old, ignore_errors=True)
-        elif together.shards:
+        elif processes.shards:
             saved.gather()
-        together.barrier()
+        processes.barrier()
         return path
 
     def newest(self) -> Path:
@@ -113,9 +113,9 @@ class Checkpoints:
         Raises:
             FileNotFoundError, ValueError: as in `newest` and `load`.
         """
-        together = processes.current()
-        path = self.newest() if together.is_first else None
-        path = together.broadcast(path)
+        processes = current()
+        path = self.newest() if processes.is_first else None
+        path = processes.broadcast(path)
         assert path is not None
         return rebuild(folders.read(path, class_named), env, device, replaced)
 

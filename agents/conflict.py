@@ -5,12 +5,12 @@ between two of them says whether a step for the one helps the other (above 0), l
 PANW changes the gradients' lengths and not their directions; MP changes both. VMR changes which of them meet in one
 update, so here every agent is measured over the full horizon: VMR's map shows what its split keeps apart.
 
-How to read it. A policy gradient from few pictures is mostly noise, and gradients of noise have cosines near 0 however
+How to read it. A policy gradient from few images is mostly noise, and gradients of noise have cosines near 0 however
 strong the conflict is. So the batch's prompts are split in two halves, and a scale's *reliability* r is the cosine
 between its gradients from either half: 1 without noise, near 0 when there is little else. With ``R = 2 r / (1 + r)``
 for the whole batch (Spearman and Brown), a true cosine c between scales s and t shows as about ``c sqrt(R_s R_t)``.
 Where the reliabilities are near 0, small cosines do not mean peace, and a few of -0.1 do not mean war: the shipped
-policy's map of 4 x 8 pictures has cosines between -0.2 and 0.2 that change sign with the seed. Ask for more prompts,
+policy's map of 4 x 8 images has cosines between -0.2 and 0.2 that change sign with the seed. Ask for more prompts,
 and for the same sign from several seeds, before calling it either. The lengths are then those of the noise, but they
 change little with the seed.
 
@@ -171,7 +171,7 @@ class ConflictProbe(AgentCallback):
     - ``cosine``, in TensorBoard: the map of all pairs, with the reliabilities beside it.
 
     A value that does not exist, such as the cosine of a zero gradient, is left out. Training is the same bit for bit
-    with and without the probe: its batch has noise of its own. Its pictures cost reward calls outside the budget, as
+    with and without the probe: its batch has noise of its own. Its images cost reward calls outside the budget, as
     those of an evaluation do. The prompts and the noise are the same at every measurement, in the agent's own world
     and decoding, so that maps compare over time and between agents.
 
@@ -247,8 +247,8 @@ def record(logger: Logger, conflict: Conflict, schedule: ScaleSchedule) -> None:
     for key, value in values.items():
         if math.isfinite(value):
             logger.record(f"conflict/{key}", value.item())
-    if logs.shows_pictures(logger):
-        logger.record("conflict/cosine", Image(heat_map(conflict, schedule), "HWC"), exclude=logs.EYES_ONLY)
+    if logs.shows_images(logger):
+        logger.record("conflict/cosine", Image(heat_map(conflict, schedule), "HWC"), exclude=logs.WITHOUT_IMAGES)
 
 
 def heat_map(conflict: Conflict, schedule: ScaleSchedule) -> np.ndarray:

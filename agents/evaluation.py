@@ -25,7 +25,7 @@ from var_env.vector import VARTextVectorEnv
 
 @dataclass
 class Evaluation:
-    """One picture for each of N prompts; every array is ``(N,)``, in the prompts' order.
+    """One image for each of N prompts; every array is ``(N,)``, in the prompts' order.
 
     Words are those that the reward read; where the reward does not read, those that PP-OCR did.
     """
@@ -74,15 +74,15 @@ def evaluate(
     batch_size: int = 64,
     best_of: int = 1,
 ) -> Evaluation:
-    """Draw one picture for each prompt, or the best of several, and score it. The same arguments, the same result.
+    """Draw one image for each prompt, or the best of several, and score it. The same arguments, the same result.
 
     Args:
         env: gives world, tokenizer and reward; or the arguments of ``VARTextVectorEnv`` but ``num_envs``.
         prompts: scenes, or how many to draw from the test split with ``seed``.
         seed: of the sampler's noise. It reaches no generator but its own, so evaluating does not change training.
-        batch_size: pictures at a time; another size draws other noise.
-        best_of: pictures for each prompt, of which the one with the highest reward is kept, the first of equals.
-            All that is returned is of the picture kept, so that word accuracy and NED tell what the choice is worth.
+        batch_size: images at a time; another size draws other noise.
+        best_of: images for each prompt, of which the one with the highest reward is kept, the first of equals.
+            All that is returned is of the image kept, so that word accuracy and NED tell what the choice is worth.
     """
     require_at_least(1, batch_size=batch_size, best_of=best_of)
     seed = as_seed(seed)

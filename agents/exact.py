@@ -1,16 +1,16 @@
-"""Exact values for worlds whose pictures can be listed: the paper's objective, optima and projections, in float64.
+"""Exact values for worlds whose images can be listed: the paper's objective, optima and projections, in float64.
 
 For ``VARTabular-v0`` and ``TablePolicy``. A policy comes as T tables of log-probabilities, of one of two kinds:
 
 - *sites*, ``(S_t, n_t, V)``: the family of Definition 2, the sites of a grid independent given the state;
 - *joint*, ``(S_t, A_t)``: any policy, ``A_t = V^n_t`` grids to choose from.
 
-States and pictures are numbered by their tokens, the first one the highest digit, so that the states after grid t are
+States and images are numbered by their tokens, the first one the highest digit, so that the states after grid t are
 those before it times the actions: ``V_(t+1)`` is a table of the shape of ``Q_t``. Every function also takes a run of
 consecutive tables in place of all T, say those after a middle step; values are then those of their first states.
 
 Eqs. and theorems are those of *VAR RL Done Right*. ``old`` is the reference policy pi_old, of the family, and
-``returns`` the reward of each picture, or of each state after the last table, ``(N,)``. ``eta`` is above 0.
+``returns`` the reward of each image, or of each state after the last table, ``(N,)``. ``eta`` is above 0.
 """
 
 from __future__ import annotations

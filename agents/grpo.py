@@ -1,22 +1,22 @@
-"""GRPO, the paper's baseline: one advantage a picture, for all of its tokens (DeepSeekMath, arXiv 2402.03300).
+"""GRPO, the paper's baseline: all tokens of an image share one advantage (DeepSeekMath, arXiv 2402.03300).
 
-An iteration, in this file's order:
+An iteration has five steps, and this file defines them in their order:
 
-1. `sample` G pictures for each of P prompts and score them;
-2. `scores`: what each row is worth, the reward and what is added to it;
-3. `advantages`: the score, normalised within the prompt's group;
-4. `token_advantages` and `token_weights`: what this means for each token, and how much the token counts;
-5. `update`: clipped policy gradient on every token, held near a frozen reference by a KL penalty.
+1. `sample` draws G images for each of P prompts and scores them.
+2. `scores` gives what each row is worth: its reward, and what is added to it.
+3. `advantages` normalises the scores within each prompt's group.
+4. `token_advantages` and `token_weights` give each token its advantage and its weight in the loss.
+5. `update` follows a clipped policy gradient. A KL penalty holds the policy near a frozen reference.
 
-Other algorithms replace some of these methods, and wrappers change what 2 and 4 return (`Hooks`). What the
-policy and the reference say of a rollout is in ``log_probs.py``, and the formulas are in ``losses.py``.
+Other algorithms override some of these methods. Wrappers change what steps 2 and 4 return (`Hooks`).
+``log_probs.py`` computes the log-probabilities of policy and reference; ``losses.py`` has the formulas.
 
-What is counted by what:
+The methods count four things:
 
-- *row*, 0 to B - 1: a sample of this process's rollout; row ``p * G + g`` is sample g of prompt p;
-- *global row*: a row among those of all processes, the first process's first. Minibatches are drawn from these, so that
-  they do not depend on the number of processes;
-- *place*: where in a minibatch a row stands. The weights of a minibatch are divided over all of its places;
+- *row*, 0 to B - 1: a sample of this process's rollout. Row ``p * G + g`` is sample g of prompt p.
+- *global row*: a row among those of all processes, the first process's first. Minibatches are drawn from global rows,
+  and so do not depend on the number of processes.
+- *place*: the position of a row in a minibatch. The weights of a minibatch are divided over all of its places.
 - *token*, 0 to n - 1: a column, over the tokens of the grids in ``steps``.
 """
 
@@ -44,7 +44,7 @@ DYNAMIC_SAMPLING = ("keep", "drop", "resample")
 
 @register("grpo")
 class GRPO(LogProbs):
-    """Group relative policy optimisation: a reward against those of its group, for all tokens.
+    """Group relative policy optimisation: an image is judged against the other images of its prompt.
 
     Args:
         policy, env: and more keywords, as in `LogProbs` and `Agent`.
@@ -59,21 +59,14 @@ class GRPO(LogProbs):
         *,
         clip_range: Annotated[float, "the ratio may move the loss within ``1 +- clip_range``."] = 0.2,
         clip_range_high: Annotated[
-            float | None,
-            "the upper end is ``1 + clip_range_high``; DAPO's clip-higher. ``None``: the same.",
+            float | None, "the upper end is ``1 + clip_range_high``; DAPO's clip-higher. ``None``: the same."
         ] = None,
         dual_clip: Annotated[
             float | None,
             "c, above 1: bounds the loss of a negative advantage, see ``losses.clipped_loss``. ``None``: without.",
         ] = None,
-        entropy_coef: Annotated[
-            float,
-            "weight of the entropy bonus, the policy's entropy at each token in the loss.",
-        ] = 0.0,
-        ratio_level: Annotated[
-            str,
-            'a name in ``losses.RATIO_LEVELS``: "token", "grid" (GMPO) or "sequence" (GSPO).',
-        ] = "token",
+        entropy_coef: Annotated[float, "weight of the entropy bonus, the policy's entropy at each token."] = 0.0,
+        ratio_level: Annotated[str, 'of ``losses.RATIO_LEVELS``: "token", "grid" (GMPO), "sequence" (GSPO).'] = "token",
         aggregation: Annotated[
             str,
             'a name in ``losses.AGGREGATIONS``, what the loss is a mean of: "constant" (Dr. GRPO\'s), '
@@ -81,8 +74,7 @@ class GRPO(LogProbs):
             "the first three differ only where a mask takes tokens away.",
         ] = "constant",
         advantage_scale: Annotated[
-            str,
-            'a name in ``losses.ADVANTAGE_SCALES``: "group", "batch" or "none" (Dr. GRPO).',
+            str, 'a name in ``losses.ADVANTAGE_SCALES``: "group", "batch" or "none" (Dr. GRPO).'
         ] = "group",
         advantage_eps: Annotated[float, "added to the standard deviation."] = 1e-4,
         dynamic_sampling: Annotated[
@@ -91,8 +83,7 @@ class GRPO(LogProbs):
             'KL term; "drop" them; "resample" other prompts until the batch is full (DAPO, section 3.2).',
         ] = "keep",
         max_batches: Annotated[
-            int,
-            '"resample" draws at most so many batches an update. Their pictures all count as budget.',
+            int, '"resample" draws at most so many batches an update. Their images all count as budget.'
         ] = 4,
         epochs: Annotated[int, "passes over a rollout."] = 1,
         minibatches: Annotated[int, "optimiser steps an epoch."] = 1,
@@ -102,8 +93,7 @@ class GRPO(LogProbs):
             "estimated on the minibatch, is above 1.5 times this (as in Stable-Baselines3). ``None``: never.",
         ] = None,
         refresh_reference: Annotated[
-            int,
-            "updates after which the reference becomes the policy as it then is; 0 for never.",
+            int, "updates after which the reference becomes the policy as it then is; 0 for never."
         ] = 0,
         **common: Any,
     ) -> None:
@@ -141,7 +131,7 @@ class GRPO(LogProbs):
         self.learn_from(self.sample(), range(len(self.policy.schedule)))
 
     def sample(self) -> Rollout:
-        """New prompts, their pictures and scores; with ``dynamic_sampling``, only groups whose rewards differ."""
+        """Images of new prompts, scored. With ``dynamic_sampling``, groups whose rewards are all equal are left out."""
         if self.dynamic_sampling == "keep":
             return super().sample()
         return sample_useful(self, super().sample, self.max_batches if self.dynamic_sampling == "resample" else 1)
@@ -150,8 +140,10 @@ class GRPO(LogProbs):
         return self.fill(rollout, range(len(self.policy.schedule)))
 
     def fill(self, rollout: Rollout, steps: range) -> Rollout:
-        """The rollout with what its update of ``steps`` asks of the policies as they are, and no score changes:
-        ``ref_logp`` for an estimate of the KL; ``old_logp`` for that of the samples, or for ratios of several steps."""
+        """The rollout with the log-probabilities that its update of ``steps`` needs; they do not depend on scores.
+
+        ``ref_logp`` is for an estimated KL. ``old_logp`` is for a KL in the reward and for several optimiser steps.
+        """
         rollout.require_current(self.policy, steps)
         found: dict[str, Any] = {}
         estimated = bool(self.kl_coef) and self.kl != "full"
@@ -164,7 +156,7 @@ class GRPO(LogProbs):
     # 2 to 4. From rewards to tokens ----------------------------------------------------------------------------------
 
     def learn_from(self, rollout: Rollout, steps: range) -> None:
-        """One update of the grids in ``steps`` from a rollout, wrappers included."""
+        """Judge a rollout and update the grids in ``steps`` from it, wrappers included."""
         with self.timed("judge"):
             rollout = self.judge(rollout, steps)
             advantages = self.outermost.token_advantages(rollout, steps)
@@ -178,7 +170,7 @@ class GRPO(LogProbs):
         return replace(rollout, advantages=self.advantages(rollout, steps).to(self.device))
 
     def scores(self, rollout: Rollout, steps: range) -> Tensor:
-        """A hook of the wrappers: what each row is worth, ``(P, G)``. Here its reward, less the KL if asked for."""
+        """Hook for wrappers: what each row is worth, ``(P, G)``. Here its reward, minus the KL if ``kl_in`` says so."""
         if not self.kl_coef or self.kl_in == "loss":
             return rollout.scores
         with torch.no_grad():
@@ -187,39 +179,38 @@ class GRPO(LogProbs):
         return rollout.scores - self.kl_coef * kl.view_as(rollout.scores).to(rollout.scores)
 
     def advantages(self, rollout: Rollout, steps: range) -> Tensor:
-        """How much better than expected each row is, ``(B,)``, or each of its tokens, ``(B, n)``: the algorithm's."""
+        """How much better than expected each row is, ``(B,)``. An algorithm may give it for each token, ``(B, n)``."""
         scores = self.processes.gather(rollout.scores)  # "batch" looks at all of them
         advantages = losses.group_advantages(scores, self.advantage_eps, scale=self.advantage_scale)
         return self.processes.mine(advantages, len(rollout.scores)).flatten()
 
     def token_advantages(self, rollout: Rollout, steps: range) -> Tensor:
-        """A hook of the wrappers: the advantage of each token of ``steps``, ``(B, n)``."""
+        """Hook for wrappers: the advantage of each token of ``steps``, ``(B, n)``."""
         assert rollout.advantages is not None, "judge() it first"
         n = sum(self.policy.schedule.sizes[t] for t in steps)
         return rollout.advantages if rollout.advantages.ndim == 2 else rollout.advantages[:, None].expand(-1, n)
 
     def token_weights(self, rollout: Rollout, steps: range) -> TokenWeights:
-        """A hook of the wrappers: how much each token of ``steps`` counts against the others.
+        """Hook for wrappers: how much each token of ``steps`` counts in the loss.
 
-        Here all count the same, and rows sum to one. A wrapper multiplies what this returns: by weights with a mean of
-        one to shift attention, by a mask to gate. ``aggregation`` then says what the loss is a mean of.
+        Here all tokens count the same, and the weights of a row sum to one. A wrapper multiplies these weights, by
+        weights with a mean of one or by a mask. ``aggregation`` then decides what the loss is a mean of.
         """
         sizes = [self.policy.schedule.sizes[t] for t in steps]
         uniform = losses.uniform_weights(len(rollout.scenes), sizes, self.device)
         return TokenWeights(uniform, uniform, uniform)
 
     def aggregate(self, weights: TokenWeights, steps: range) -> TokenWeights:
-        """The weights of the rows of one optimiser step, such that its loss is the sum of weight times value."""
+        """Weights for the rows of one optimiser step: its loss is the sum over tokens of weight times value."""
         sizes = [self.policy.schedule.sizes[t] for t in steps]
         return TokenWeights(*(losses.AGGREGATIONS[self.aggregation](part, sizes) for part in weights))
 
     # 5. The update ---------------------------------------------------------------------------------------------------
 
     def update(self, rollout: Rollout, advantages: Tensor, steps: range) -> None:
-        """Learn from a rollout and its advantages, ``(B,)`` or ``(B, n)``; gradients reach the grids in ``steps``.
+        """Learn from a rollout and its advantages, ``(B,)`` or ``(B, n)``. Gradients reach the grids in ``steps`` only.
 
-        Nothing after ``steps`` is computed and nothing before it is predicted, so a rollout need only hold the grids up
-        to ``steps.stop``.
+        Earlier grids are input, and later grids are not computed. So the rollout needs the grids up to ``steps.stop``.
         """
         with self.updating():
             seen, norms = self.descend(rollout, advantages.to(self.device), steps)
@@ -240,7 +231,7 @@ class GRPO(LogProbs):
         self.logger.record("train/optimizer_steps", len(norms))
 
     def descend(self, rollout: Rollout, advantages: Tensor, steps: range) -> tuple[list[logs.Tokens], list[float]]:
-        """The optimiser steps of an update: what they saw at their tokens, and the norms of their gradients."""
+        """Take the optimiser steps of an update. Returns what they saw at their tokens, and their gradient norms."""
         gather = self.processes.gather
         weights = TokenWeights(*map(gather, self.outermost.token_weights(rollout, steps)))  # of the global rows
         rollout = self.fill(rollout, steps)  # once for all optimiser steps
@@ -261,7 +252,7 @@ class GRPO(LogProbs):
         return seen, norms
 
     def own_rows(self, minibatch: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        """What this process learns of a minibatch of global rows: the places in it and the rows, int64 ``(b,)`` each.
+        """This process's share of a minibatch of global rows: the places in it and the rows, int64 ``(b,)`` each.
 
         ``advantages`` are those of all B rows. Rows with nothing to learn are left out, see `places_to_learn`.
         """
@@ -274,9 +265,9 @@ class GRPO(LogProbs):
     def backward(
         self, rollout: Rollout, rows: Tensor, advantages: Tensor, weights: TokenWeights, steps: range
     ) -> tuple[Tensor, list[logs.Tokens]]:
-        """Add the gradient of some rows' share in the loss of an optimiser step, one micro-batch after the other.
+        """Add the gradients of ``rows`` in an optimiser step's loss, one micro-batch after the other.
 
-        ``weights`` are those of ``rows``, ``advantages`` those of all B. Returns the loss and what was seen, detached.
+        ``weights`` belong to ``rows``, ``advantages`` to all B rows. Returns the loss and what was seen, detached.
         """
         assert self.one_step or rollout.old_logp is not None, "fill() it first"
         total, seen = torch.zeros((), device=self.device), []
@@ -291,7 +282,7 @@ class GRPO(LogProbs):
 
     @property
     def one_step(self) -> bool:
-        """Whether an update is one optimiser step: the policy of its loss is then the one that sampled."""
+        """Whether an update is one optimiser step. Then the policy in its loss is the policy that sampled."""
         return self.epochs == self.minibatches == 1
 
     def loss(
@@ -303,7 +294,7 @@ class GRPO(LogProbs):
         old: Tensor | None,
         steps: range,
     ) -> tuple[Tensor, logs.Tokens]:
-        """The share of some rows in the loss of an optimiser step, and what was seen at their tokens.
+        """What some rows contribute to the loss of an optimiser step, and what was seen at their tokens.
 
         Args:
             rows: int64, which rows of the rollout; ``b`` of them.
@@ -350,8 +341,8 @@ class GRPO(LogProbs):
             yield from order.chunk(self.minibatches)
 
     def places_to_learn(self, advantages: Tensor) -> Tensor:
-        """Where in a minibatch there is anything to learn, int64. With neither KL nor entropy in the loss, rows of zero
-        advantage have zero gradient and are left out; one stays, for its zeros."""
+        """The places of a minibatch that have a gradient, int64. With neither KL nor entropy in the loss, rows of zero
+        advantage have none and are left out. One row always stays, because the backward pass needs one."""
         everything = torch.arange(len(advantages), device=self.device)
         if (self.kl_coef and self.kl_in == "loss") or self.entropy_coef:
             return everything

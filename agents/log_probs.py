@@ -1,7 +1,7 @@
-"""What policies say of the tokens of a rollout: the one source of old, new and reference log-probabilities.
+"""The log-probabilities of a rollout's tokens under the policy (old and new) and under the reference.
 
-They are teacher-forced, conditional and untruncated, and never come from the sampler, whose distribution is another one
-under guidance or truncation. Rows pass in micro-batches, to fit the memory.
+All of them are teacher-forced, conditional and untruncated. They never come from the sampler, because guidance and
+truncation change its distribution. Rows are computed in micro-batches, to fit the memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KL_PLACES = ("loss", "reward")
 
 
 class LogProbs(Agent):
-    """An agent that learns from the log-probabilities of what it sampled, and may hold on to a reference policy.
+    """An agent that learns from the log-probabilities of its samples and may have a frozen reference policy.
 
     Args:
         policy, env: and more keywords, as in `Agent`.
@@ -37,7 +37,7 @@ class LogProbs(Agent):
         *,
         kl_coef: Annotated[
             float,
-            "weight of the KL to the reference, the policy as it was given; 0 is without.",
+            "weight of the KL to the reference, which is the policy as it was given; 0: no KL.",
         ] = 0.02,
         kl: Annotated[
             str,
@@ -50,9 +50,9 @@ class LogProbs(Agent):
         ] = "loss",
         support: Annotated[
             str,
-            '"model" learns with the model\'s own log-probabilities; "sampler" renormalises them on the codes '
+            '"model" learns with the model\'s own log-probabilities; "sampler" renormalises them on the tokens '
             "that a truncated sampler could draw, frozen at sampling. Pushing down truncated samples otherwise "
-            "leaks probability to codes that are never shown, so truncated training needs this or a strong KL.",
+            "leaks probability to tokens that are never shown, so truncated training needs this or a strong KL.",
         ] = "model",
         micro_batch: Annotated[
             int | None,
@@ -60,7 +60,7 @@ class LogProbs(Agent):
         ] = None,
         logit_chunk: Annotated[
             int | None,
-            "tokens of a picture whose logits exist at a time; leaves the update unchanged, but for rounding. "
+            "tokens of an image whose logits exist at a time; leaves the update unchanged, but for rounding. "
             'For large vocabularies; not with ``kl="full"`` and ``support="sampler"``. ``None``: all.',
         ] = None,
         recompute: Annotated[
@@ -94,7 +94,7 @@ class LogProbs(Agent):
 
     @property
     def needs_everything(self) -> str | None:
-        """The option, if there is one, that takes the log-probabilities of all codes and not of the tokens alone."""
+        """The option, if any, that needs the log-probabilities of the whole vocabulary at each place."""
         if self.kl == "full":
             return "kl='full'"
         return "support='sampler'" if self.support == "sampler" else None
@@ -104,14 +104,14 @@ class LogProbs(Agent):
         return self.support == "sampler"
 
     def require_reference(self) -> Policy:
-        """The frozen reference policy, made from the policy as it is if there is none yet."""
+        """The frozen reference policy. If there is none yet, it becomes a copy of the policy as it is now."""
         if self.reference is None:
             self.reference = frozen_copy(self.policy)
         return self.reference
 
     def log_probs(self, policy: Policy, rollout: Rollout, rows: Tensor, steps: range) -> Predicted:
-        """What a policy says of the tokens of ``steps`` in some rows, ``(b, n)``, and where an option needs them all
-        log-probabilities."""
+        """A policy's log-probabilities and entropies of the tokens of ``steps`` in some rows, ``(b, n)``. Where
+        `needs_everything`, those of the whole vocabulary are there as well."""
         cond = policy.take(rollout.cond, rows)
         grids = [grid[rows] for grid in rollout.grids[: steps.stop]]
         if self.needs_everything is None:
@@ -125,7 +125,7 @@ class LogProbs(Agent):
         return losses.log_probs(policy(cond, grids, steps), chosen, support)
 
     def logp(self, policy: Policy, filled: Tensor | None, rollout: Rollout, rows: Tensor, steps: range) -> Tensor:
-        """Log-probabilities of some rows, ``(b, n)``, from the rollout's field of all rows if that is filled."""
+        """Log-probabilities of some rows, ``(b, n)``: those in ``filled``, ``(B, n)``, or computed if ``None``."""
         return self.log_probs(policy, rollout, rows, steps).logp if filled is None else filled[rows]
 
     def old_log_probs(self, rollout: Rollout, steps: range) -> Tensor:
@@ -134,7 +134,7 @@ class LogProbs(Agent):
 
     @torch.no_grad()
     def all_log_probs(self, policy: Policy, rollout: Rollout, steps: range) -> Tensor:
-        """Those of all rows, without gradient, ``(B, n)``."""
+        """Log-probabilities of all rows, without gradient, ``(B, n)``."""
         return self.in_micro_batches(lambda rows: self.log_probs(policy, rollout, rows, steps).logp, rollout)
 
     def kl_to_reference(self, rollout: Rollout, rows: Tensor, steps: range, new: Predicted | None = None) -> Tensor:
@@ -154,13 +154,13 @@ class LogProbs(Agent):
     def in_micro_batches(
         self, function: Callable[[Tensor], Tensor], rollout: Rollout, rows: Tensor | None = None
     ) -> Tensor:
-        """A function of rows, int64 ``(b,)``, over some of them; by default over all B."""
+        """Apply a function of rows, int64 ``(b,)``, to some rows, by default to all B, and join the results."""
         rows = torch.arange(len(rollout.scenes), device=self.device) if rows is None else rows
         return torch.cat([function(rows[piece]) for piece in self.pieces(len(rows))])
 
     def pieces(self, rows: int) -> list[slice]:
-        """Which of so many rows are in each micro-batch. With sharded weights, which all processes compute with
-        together, there are as many in each process, some of them perhaps empty."""
+        """The micro-batches of so many rows. With sharded weights every process must compute as often as the others,
+        so each has the same number of micro-batches, of which some may be empty."""
         size = self.micro_batch or max(rows, 1)
         found = [slice(start, start + size) for start in range(0, rows, size)]
         if self.processes.shards:

@@ -24,9 +24,10 @@ from agents.common import pictures
 from agents.common.processes import Processes, current
 from agents.losses import per_grid
 from agents.rollout import Rollout
+from rewards.old_names import keep_old_names
 from var_env.schedule import ScaleSchedule
 
-EYES_ONLY = ("stdout", "log", "json", "csv")  # the writers that cannot show a picture
+WITHOUT_IMAGES = ("stdout", "log", "json", "csv")  # the writers that cannot show an image
 
 
 def open_logger(folder: str | Path, formats: Sequence[str], step: int | None = None) -> Logger:
@@ -81,7 +82,7 @@ class ContinuedTensorBoard(TensorBoardOutputFormat):
         self._is_closed = False
 
 
-def shows_pictures(logger: Logger) -> bool:
+def shows_images(logger: Logger) -> bool:
     """Whether a writer of this logger can show one; making it may be skipped otherwise."""
     return any(isinstance(writer, TensorBoardOutputFormat) for writer in logger.output_formats)
 
@@ -102,17 +103,17 @@ def by_band(schedule: ScaleSchedule, steps: range, values: Sequence[float]) -> d
     return found
 
 
-def record_rollout(logger: Logger, rollout: Rollout, together: Processes) -> None:
+def record_rollout(logger: Logger, rollout: Rollout, processes: Processes) -> None:
     """``rollout/``: reward, its spread and parts, over all processes; ``time/``: the phases of sampling."""
-    for name, value in rollout.summary(together).items():
+    for name, value in rollout.summary(processes).items():
         logger.record_mean(f"rollout/{name}", value)  # over all that were sampled since the last line of the log
     for phase, seconds in rollout.seconds.items():
         logger.record_mean(f"time/{phase}", seconds)
 
 
 def record_samples(logger: Logger, rollout: Rollout, prompts: int = 4, columns: int = 8) -> None:
-    """``samples/``: pictures of the first prompts with what was read in them, and a table of the same."""
-    if not shows_pictures(logger):
+    """``samples/``: images of the first prompts with what was read in them, and a table of the same."""
+    if not shows_images(logger):
         return
     per_prompt = rollout.returns[0].numel()  # G * K
     shown = [i for i in range(len(rollout.images)) if i // per_prompt < prompts and i % per_prompt < columns]
@@ -120,9 +121,13 @@ def record_samples(logger: Logger, rollout: Rollout, prompts: int = 4, columns: 
     scenes = {i: rollout.scenes[i // rollout.suffixes] for i in shown}
     captions = [pictures.caption(scenes[i].words, rollout.words_read[i], returns[i]) for i in shown]
     sheet = pictures.sample_sheet(rollout.images[shown], captions, min(columns, per_prompt))
-    logger.record("samples/images", Image(sheet, "HWC"), exclude=EYES_ONLY)
+    logger.record("samples/images", Image(sheet, "HWC"), exclude=WITHOUT_IMAGES)
     lines = [f"| {scenes[i].prompt} | {reads[i]} | {returns[i]:.2f} |" for i in shown]
-    logger.record("samples/read", "\n".join(["| prompt | read | score |", "|---|---|---|", *lines]), exclude=EYES_ONLY)
+    logger.record(
+        "samples/read",
+        "\n".join(["| prompt | read | score |", "|---|---|---|", *lines]),
+        exclude=WITHOUT_IMAGES,
+    )
 
 
 class Tokens(NamedTuple):
@@ -138,10 +143,10 @@ class Tokens(NamedTuple):
     behaviour_gap: Tensor  # log sampler - log old policy
 
 
-def approx_kl(seen: Sequence[Tokens], together: Processes = Processes()) -> float:  # noqa: B008 (alone)
+def approx_kl(seen: Sequence[Tokens], processes: Processes = Processes()) -> float:  # noqa: B008 (alone)
     """KL of the policy that sampled to the present one, a mean over tokens: k3 the other way round."""
     values = [((tokens.ratio - 1) - tokens.ratio.log()).double() for tokens in seen]
-    return together.mean(sum(part.sum().item() for part in values), sum(part.numel() for part in values))
+    return processes.mean(sum(part.sum().item() for part in values), sum(part.numel() for part in values))
 
 
 def record_update(
@@ -200,3 +205,6 @@ def record_update(
     for key, value in values.items():
         if key not in missing:
             logger.record(key, value)
+
+
+keep_old_names(globals(), EYES_ONLY="WITHOUT_IMAGES", shows_pictures="shows_images")

@@ -114,8 +114,8 @@ def log_probs(logits: Tensor, tokens: Tensor, support: Tensor | None = None) -> 
     Args:
         logits: ``(B, n, D, V)``.
         tokens: ``(B, n, D)`` int64.
-        support: bool ``(B, n, D, V)``, the codes that the sampler could draw; the distribution is renormalised on it,
-            so that pushing samples down does not leak probability to codes that are never shown. Every token must
+        support: bool ``(B, n, D, V)``, the tokens that the sampler could draw; the distribution is renormalised on it,
+            so that pushing samples down does not leak probability to tokens that are never shown. Every token must
             lie in it. ``None`` leaves the model's own.
     """
     logits = logits.float()

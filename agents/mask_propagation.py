@@ -1,8 +1,8 @@
 """Mask Propagation (MP): the policy gradient goes to the tokens that the reward looked at (section 3.5, Figure 4).
 
-The regions that decide the reward, here the boxes of the text, make a mask on the finest grid, and the mask is
-propagated backward, from finer to coarser grids. It gates the policy term of the loss and leaves the KL term alone, so
-that the rest of the picture is held where it is.
+The regions that decide the reward, here the boxes of the text, become a mask on the finest grid. The mask is propagated
+from finer to coarser grids. It gates the policy term of the loss. It leaves the KL term alone, so that the KL holds the
+rest of the image as it is.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Boxes = np.ndarray | Tensor | Sequence[Sequence[float]]
 
 
 def visible_boxes(boxes: Boxes, schedule: ScaleSchedule, dilation: int = 0) -> Tensor:
-    """Boxes xyxy in pixels, grown on every side by ``dilation``, cut to the picture, and left out when nothing remains.
+    """Boxes xyxy in pixels, grown on every side by ``dilation``, cut to the image, and left out when nothing remains.
 
     ``(n, 4)`` to float32 ``(n', 4)``.
     """
     h, w = schedule.canvas
-    size = torch.tensor([w, h], dtype=torch.float32) * schedule.patch  # of the picture, in pixels
+    size = torch.tensor([w, h], dtype=torch.float32) * schedule.patch  # of the image, in pixels
     corners = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 2, 2)  # (n, 2, xy)
     corners = corners + torch.tensor([[-dilation], [dilation]])
     corners = corners.clamp(min=torch.zeros(2)).minimum(size)
@@ -43,14 +43,14 @@ def visible_boxes(boxes: Boxes, schedule: ScaleSchedule, dilation: int = 0) -> T
 
 
 def boxes_to_mask(boxes: Boxes, schedule: ScaleSchedule, soft: bool = False, dilation: int = 0) -> Tensor:
-    """The mask of one picture on the finest grid, ``(H, W)``, from boxes ``(n, 4)``, xyxy in pixels.
+    """The mask of one image on the finest grid, ``(H, W)``, from boxes ``(n, 4)``, xyxy in pixels.
 
     Hard, a bool: a cell is on when a box overlaps it, be it by a fraction of a pixel; to share an edge is not enough.
     Soft, float32: the share of the cell's pixels that any box overlaps in this sense. Boxes may stick out of the
-    picture, and each grows by ``dilation`` pixels on every side.
+    image, and each grows by ``dilation`` pixels on every side.
 
-    All is on when no box overlaps the picture: there is none, or they have no area, or they lie outside. Pictures in
-    which nothing can be read are the worst ones, and with an empty mask they would teach nothing.
+    When no box overlaps the image, all cells are on: there is no box, or boxes have no area or lie outside. Images in
+    which nothing can be read are the worst, and an empty mask would let them teach nothing.
     """
     h, w = schedule.canvas
     p = schedule.patch
@@ -72,7 +72,7 @@ def propagate_mask(finest: Tensor, schedule: ScaleSchedule) -> list[Tensor]:
     Step by step from finer to coarser (Figure 4). Cell i of a side of h cells spans ``i / h`` to ``(i + 1) / h``,
     whether or not the grids nest. A bool mask is on in a coarser cell when any finer cell that it overlaps is on. A
     float mask is the mean over the finer cells, weighted by the overlap: the share of the coarser cell that is covered.
-    A raster schedule has nothing coarser: grid t is the t-th cell of the picture, and has its mask.
+    A raster schedule has nothing coarser: grid t is the t-th cell of the image, and has its mask.
     """
     height, width = schedule.canvas
     if finest.shape[1:] != (height, width) or not (finest.dtype == torch.bool or finest.is_floating_point()):
@@ -100,24 +100,22 @@ def overlap(coarse: int, fine: int) -> Tensor:
 
 @register("mp")
 class MaskPropagation(Wrapper):
-    """Gates the policy term by the propagated mask of what the reward looked at.
+    """Gates the policy term of the loss by a mask: the regions that the reward looked at, propagated to all scales.
 
-    That is each row's text. The KL term stays as it is. A row with K pictures, such as a prefix of VMR, has K masks
-    and one advantage. By default it has their union, since each of them tells what became of the row. Where nothing was
-    read in one of them, `boxes_to_mask` makes all tokens count, and so does the union: it grows with K, and one
-    unreadable picture in K undoes it.
+    The KL term is not gated. A row with K images, such as a prefix of VMR, has K masks and one advantage. By default
+    its mask is their union, because each image shows what became of the row. The union grows with K. When nothing was
+    read in one of the K images, `boxes_to_mask` makes all tokens count, and so does the union.
 
-    The alternatives keep a token where all K pictures were looked at ("intersection"), or let every picture gate its
-    own K-th of the row's advantage ("mean"): a token then weighs the share of the K pictures that were looked at there.
-    They propagate each picture's mask to all scales before they combine: the finest masks of K pictures may have
-    nothing in common where the coarser tokens that they come from do. An intersection can leave a row no token at a
-    scale.
+    There are two alternatives. "intersection" keeps a token where the reward looked in all K images. "mean" gives a
+    token the share of the K images in which the reward looked there. Both propagate each image's mask to all scales
+    before they combine, because the finest masks may share no cell while the coarser tokens above them do. An
+    intersection can leave a row without any token at a scale.
 
-    With GRPO's ``ratio_level="token"`` no policy gradient reaches a masked token. At the other levels a kept token's
-    ratio is a mean over its grid or row, masked tokens included, and through it some does.
+    With GRPO's ``ratio_level="token"`` no policy gradient reaches a masked token. At the other levels some does,
+    because a kept token's ratio is a mean over its grid or row, masked tokens included.
 
-    Logs ``mask/kept_``, the mean of the mask for every scale, and to TensorBoard ``mask/propagated``, every
-    ``image_interval`` updates: pictures with their boxes beside the masks of all scales.
+    Logs ``mask/kept_``, the mean of the mask at every scale. Every ``image_interval`` updates it logs
+    ``mask/propagated`` to TensorBoard: images with their boxes beside the masks of all scales.
 
     Args:
         agent: the agent, or wrapper, inside.
@@ -132,9 +130,9 @@ class MaskPropagation(Wrapper):
         *,
         boxes: Annotated[
             str,
-            '"read" takes the regions that the reward found in the picture, "layout" those of the scene. '
+            '"read" takes the regions that the reward found in the image, "layout" those of the scene. '
             "Beware: the shipped world draws the heights of the lines at random and the prompt does not tell "
-            "them, so a scene's layout is not that of the pictures sampled for it, unless the world is "
+            "them, so a scene's layout is not that of the images sampled for it, unless the world is "
             '``World(placement="even")``. A scene made from a prompt alone has no layout, and all of its tokens '
             "count.",
         ] = "read",
@@ -142,7 +140,7 @@ class MaskPropagation(Wrapper):
         dilation: Annotated[int, "pixels by which a box grows on every side."] = 0,
         suffix_masks: Annotated[
             str,
-            'how the masks of a row\'s K pictures become one: "union", "intersection" or "mean".',
+            'how the masks of a row\'s K images become one: "union", "intersection" or "mean".',
         ] = "union",
     ) -> None:
         require_choice(SOURCES, boxes=boxes)
@@ -158,37 +156,37 @@ class MaskPropagation(Wrapper):
         flat = torch.cat([masks[t].flatten(1) for t in steps], 1).to(weights.policy)  # (B, n)
         return weights._replace(policy=weights.policy * flat)
 
-    def boxes_of(self, rollout: Rollout, picture: int) -> Boxes:
-        """The boxes of one of the B * K pictures, ``(n, 4)``."""
-        return rollout.regions[picture] if self.boxes == "read" else rollout.scenes[picture // rollout.suffixes].boxes
+    def boxes_of(self, rollout: Rollout, image: int) -> Boxes:
+        """The boxes of one of the B * K images, ``(n, 4)``."""
+        return rollout.regions[image] if self.boxes == "read" else rollout.scenes[image // rollout.suffixes].boxes
 
     def masks(self, rollout: Rollout) -> list[Tensor]:
         """The mask of every scale, T of ``(B, h_t, w_t)``, also of the scales that the rows leave out."""
         schedule = self.unwrapped.policy.schedule
-        boxes = [self.boxes_of(rollout, picture) for picture in range(len(rollout.images))]
+        boxes = [self.boxes_of(rollout, image) for image in range(len(rollout.images))]
         finest = torch.stack([boxes_to_mask(found, schedule, self.soft, self.dilation) for found in boxes])
-        rows = (-1, rollout.suffixes)  # K pictures each
+        rows = (-1, rollout.suffixes)  # K images each
         if self.suffix_masks == "union":
             return propagate_mask(finest.unflatten(0, rows).amax(1), schedule)
         masks = [mask.unflatten(0, rows) for mask in propagate_mask(finest, schedule)]  # (B, K, h_t, w_t)
         return [mask.amin(1) if self.suffix_masks == "intersection" else mask.float().mean(1) for mask in masks]
 
     def record(self, rollout: Rollout, masks: Sequence[Tensor], steps: range) -> None:
-        """Log how much of each scale in ``steps`` is kept and, when it is time, a picture of a few rows."""
+        """Log how much of each scale in ``steps`` is kept and, when it is time, an image of a few rows."""
         agent, rows = self.unwrapped, len(rollout.scenes)
         kept = [masks[t].float().mean().item() for t in steps]
         for name, share in logs.by_band(agent.policy.schedule, steps, kept).items():
             agent.logger.record(f"mask/kept_{name}", share)
-        if agent.image_interval and agent.n_updates % agent.image_interval == 0 and logs.shows_pictures(agent.logger):
+        if agent.image_interval and agent.n_updates % agent.image_interval == 0 and logs.shows_images(agent.logger):
             shown = range(0, rows, -(-rows // 4))  # at most four, of different prompts if there are as many
-            picture = Image(self.sheet(rollout, masks, shown), "HWC")
-            agent.logger.record("mask/propagated", picture, exclude=logs.EYES_ONLY)
+            image = Image(self.sheet(rollout, masks, shown), "HWC")
+            agent.logger.record("mask/propagated", image, exclude=logs.WITHOUT_IMAGES)
 
     def sheet(self, rollout: Rollout, masks: Sequence[Tensor], rows: Sequence[int]) -> np.ndarray:
-        """The picture for people of some rows, see `pictures.mask_sheet`."""
+        """An image of some rows for people, see `pictures.mask_sheet`."""
         schedule, k = self.unwrapped.policy.schedule, rollout.suffixes
         returns = rollout.returns.flatten().tolist()  # B * K
-        shown = [picture for row in rows for picture in range(row * k, row * k + k)]
+        shown = [image for row in rows for image in range(row * k, row * k + k)]
         return pictures.mask_sheet(
             rollout.images[shown],
             [visible_boxes(self.boxes_of(rollout, i), schedule, self.dilation).numpy() for i in shown],

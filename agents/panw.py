@@ -1,6 +1,6 @@
 """PANW, Per-Action Normalization Weighting: the loss at each scale is weighted by its number of tokens (section 3.4).
 
-A picture's scales hold 1, 4, 9, ... tokens, and in the mean over tokens the last ones drown the first.
+The scales of an image hold 1, 4, 9, ... tokens. A mean over tokens would be dominated by the finest scales.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from var_env.schedule import ScaleSchedule
 def panw_weights(schedule: ScaleSchedule, alpha: float, steps: range | None = None) -> Tensor:
     """The weight of each token of the grids in ``steps``, all by default: float32 ``(n,)``, summing to one.
 
-    A token of grid t weighs ``k_t = 1 / (h_t w_t)^alpha`` (eq. 9), then all are divided by their sum. With
-    ``alpha = 0`` every token weighs the same, with 1 every grid, and above 1 the coarse grids weigh more.
+    A token of grid t has the weight ``k_t = 1 / (h_t w_t)^alpha`` (eq. 9). All weights are then divided by their sum.
+    With ``alpha = 0`` all tokens weigh the same, with ``alpha = 1`` all grids do; above 1 coarse grids weigh more.
     """
     sizes = torch.tensor([schedule.sizes[t] for t in (range(len(schedule)) if steps is None else steps)])
     k = sizes.double() ** -alpha  # eq. 9
@@ -30,9 +30,9 @@ def panw_weights(schedule: ScaleSchedule, alpha: float, steps: range | None = No
 
 @register("panw")
 class PANW(Wrapper):
-    """Weights tokens by the size of their grid, so that the many fine ones do not drown the few.
+    """Weights tokens by the size of their grid, so that the many fine tokens do not dominate the few coarse ones.
 
-    All terms of the loss, KL and entropy included, by `panw_weights` over the grids of an update.
+    The weights are `panw_weights` over the grids of an update. All terms of the loss get them: policy, KL and entropy.
 
     Args:
         agent: the agent to wrap.
@@ -55,5 +55,5 @@ class PANW(Wrapper):
     def token_weights(self, rollout: Rollout, steps: range) -> TokenWeights:
         weights = self.agent.token_weights(rollout, steps)
         k = panw_weights(self.unwrapped.policy.schedule, self.alpha, steps).to(weights.policy)  # (n,)
-        k = k * len(k)  # a mean of one, since the weights inside are a mean already
+        k = k * len(k)  # a mean of one, because the weights inside make a mean already
         return TokenWeights(*(part * k for part in weights))

@@ -2,7 +2,7 @@
 
 The steps of the environment are the grids, so an episode has T states, the prompt with the grids so far. A critic
 tells each one's value, and generalised advantage estimation (GAE, arXiv 1506.02438) tells from the values how much
-better the picture's prospects became with each grid. GRPO knows only how much better the picture came out than its
+better the image's prospects became with each grid. GRPO knows only how much better the image came out than its
 group, and says so to all grids alike.
 
 The critic is a small head on the policy's own hidden states, which it reads and does not change. It has a learning
@@ -10,7 +10,7 @@ rate of its own: in the policy's step, at 5e-5, a new head would need more than 
 says 0. And it sends no gradient into the policy, so that the policy's step is what the advantages say and of the same
 size as that of other agents, without a weight between two losses to tune.
 
-Everything else is GRPO's: prompts, pictures, optimiser, KL to a reference and wrappers. So PPO against GRPO compares
+Everything else is GRPO's: prompts, images, optimiser, KL to a reference and wrappers. So PPO against GRPO compares
 where advantages come from, and nothing else. For the same reason a rollout is learned from once by default, as by all
 agents here; PPO by its book makes several passes, ``epochs=4``.
 
@@ -195,7 +195,7 @@ class PPO(GRPO):
         assert rollout.features is not None, "judge() it first"
         values = self.critic(rollout.features)
         rewards = torch.zeros_like(values)
-        rewards[:, -1] = rollout.scores.flatten().to(values)  # the picture is complete
+        rewards[:, -1] = rollout.scores.flatten().to(values)  # the image is complete
         return values, *gae(rewards, values, self.gamma, self.gae_lambda)
 
     # Learning --------------------------------------------------------------------------------------------------------

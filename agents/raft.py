@@ -16,14 +16,14 @@ from agents.rollout import Rollout
 
 @register("raft")
 class RAFT(GRPO):
-    """RAFT: supervised fine-tuning on the best pictures of each prompt, by rejection sampling.
+    """RAFT: supervised fine-tuning on the best images of each prompt, by rejection sampling.
 
-    Of each prompt's G pictures the ``keep`` best are kept, and the loss is ``-log p`` of their tokens, the mean over
-    the kept pictures, with GRPO's KL. Their advantage is 1 and that of the others 0. The others are not computed, which
+    Of each prompt's G images the ``keep`` best are kept, and the loss is ``-log p`` of their tokens, the mean over
+    the kept images, with GRPO's KL. Their advantage is 1 and that of the others 0. The others are not computed, which
     makes an update ``G / keep`` times as cheap; the reward calls are the same.
 
-    Of equal rewards the first drawn is kept. A prompt whose rewards are all equal has no best picture and is left out,
-    as everywhere else. When that is so for all prompts, only the KL is learned, from all pictures.
+    Of equal rewards the first drawn is kept. A prompt whose rewards are all equal has no best image and is left out,
+    as everywhere else. When that is so for all prompts, only the KL is learned, from all images.
 
     Likelihood needs no ratio, and so several ``epochs`` are fine. GRPO's clip options and ``ratio_level`` have no
     effect, and neither have ``advantage_scale`` and ``advantage_eps``.
@@ -37,7 +37,7 @@ class RAFT(GRPO):
         policy: Any,
         env: Any,
         *,
-        keep: Annotated[int, "pictures of each prompt to imitate, below ``group_size``."] = 1,
+        keep: Annotated[int, "images of each prompt to imitate, below ``group_size``."] = 1,
         group_size: int = 8,
         **grpo: Any,
     ) -> None:

@@ -36,7 +36,7 @@ BUNDLES: dict[str, tuple[str, ...]] = {  # several wrappers by one name
 }
 VARIANTS: dict[str, Variant] = {  # algorithms that are options of another
     "gspo": Variant(
-        "GSPO, ratios of whole pictures (arXiv 2507.18071)",
+        "GSPO, ratios of whole images (arXiv 2507.18071)",
         "grpo",
         {"ratio_level": "sequence", "clip_range": 3e-4, "clip_range_high": 4e-4},
     ),

@@ -12,7 +12,7 @@ from agents.rollout import Rollout
 
 @register("rloo")
 class RLOO(REINFORCE):
-    """REINFORCE with the mean of the group's other pictures as the baseline.
+    """REINFORCE with the mean of the group's other images as the baseline.
 
     This baseline does not depend on the sample, and so the gradient is unbiased, where the group's mean shrinks it. But
     by the same factor for all: the advantage is REINFORCE's times ``G / (G - 1)``.

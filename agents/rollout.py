@@ -1,8 +1,8 @@
-"""Sampling pictures: unroll a policy in lockstep environments, and what came of it.
+"""Sampling: a policy draws images in environments that step together, and `Rollout` records the result.
 
-`unroll` is the inner loop and knows nothing of groups; `collect` draws G pictures for each of P prompts, or a tree of
-them, for VMR and Tree GRPO. A prompt's condition is encoded once, and cache and environments are forked from there:
-what pictures share is computed once.
+`unroll` is the inner loop and knows nothing of groups. `collect` draws G images for each of P prompts, or a tree of
+images for VMR and Tree GRPO. What images share is computed once: a prompt is encoded once, and the policy's cache and
+the environments are forked where images part.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ def weights_version(policy: Policy) -> int:
 class Rollout:
     """What one iteration sampled: ``B = P * G`` rows to learn from, row ``p * G + g`` being sample g of prompt p.
 
-    A row was decoded and scored as ``K`` pictures, picture ``b * K + k`` being suffix k of row b. K is 1, and a row
-    is a picture, but for the prefixes of VMR, whose grids end before the picture does: see `merge`.
+    A row was decoded and scored as ``K`` images; image ``b * K + k`` is suffix k of row b. Usually K is 1 and a row is
+    an image. Only the prefixes of VMR have more, because their grids end before the image does: see `merge`.
 
-    An update asks for ``cond`` and ``draws``; the rest is for rewards, masks and eyes.
+    An update reads ``cond`` and ``draws``. Rewards, masks and logs read the rest.
     """
 
     cond: Any  # the policy's condition, B rows
     scenes: list[Scene]  # B
     draws: list[Draw]  # one a grid, all T of them or a prefix; with their support when it was kept
     scores: Tensor  # (P, G) float32, what a row is worth: the reward, until an agent adds to it
-    returns: Tensor  # (P, G, K) float32, the rewards of its pictures
+    returns: Tensor  # (P, G, K) float32, the rewards of its images
     parts: dict[str, np.ndarray]  # each (B * K,), NaN where a part is not applicable
     images: np.ndarray  # (B * K, S, S, 3) uint8
     words_read: list[list[str]]  # B * K
@@ -80,7 +80,7 @@ class Rollout:
     regions: list[np.ndarray]  # B * K of (number found, 4), xyxy in pixels
     seconds: dict[str, float]  # "sampling", "reward", "decode", the rest of the environment, and "ahead" with a pool
     advantages: Tensor | None = None  # (B,) or (B, n), once an algorithm has judged the rows
-    forks: Forks = ()  # where the pictures of a prompt parted, see `collect`
+    forks: Forks = ()  # where the images of a prompt parted, see `collect`
     # What the policies say of these rows before the update, n being the tokens of the grids that it learns.
     old_logp: Tensor | None = None  # (B, n) float32, of the policy
     ref_logp: Tensor | None = None  # (B, n) float32, of the reference
@@ -94,11 +94,11 @@ class Rollout:
 
     @property
     def suffixes(self) -> int:
-        """K, the pictures of each row."""
+        """K, the images of each row."""
         return self.returns.shape[2]
 
     def require_current(self, policy: Policy, steps: range) -> None:
-        """That ``old_logp``, ``ref_logp`` and ``features``, if there, are of the policy as it is and of these steps.
+        """Check that ``old_logp``, ``ref_logp`` and ``features``, if given, belong to today's weights and these steps.
 
         Raises:
             ValueError: the weights have changed since, as after an update.
@@ -115,15 +115,15 @@ class Rollout:
     def require_finite(self) -> None:
         """``ValueError`` naming the first reward that is not a finite number, and its prompt."""
         returns = self.returns.flatten()  # (B * K,)
-        for picture in (~returns.isfinite()).nonzero().flatten().tolist():
-            row = picture // self.suffixes
+        for image in (~returns.isfinite()).nonzero().flatten().tolist():
+            row = image // self.suffixes
             raise ValueError(
-                f"the reward of row {row}, {self.scenes[row].prompt!r}, is {returns[picture]}: rewards must be finite "
+                f"the reward of row {row}, {self.scenes[row].prompt!r}, is {returns[image]}: rewards must be finite "
                 "numbers; mend the reward function and resume from the last checkpoint"
             )
 
     def merge(self, policy: Policy, suffixes: int, grids: int, value: Callable[[Tensor], Tensor]) -> Rollout:
-        """One row for each ``suffixes`` rows that share their first ``grids`` grids, the others left out.
+        """Merge each run of ``suffixes`` rows, which share their first ``grids`` grids, into one row of those grids.
 
         ``policy`` made the condition, and ``value`` maps returns ``(P, G, K)`` to the new rows' scores ``(P, G)``.
         """
@@ -140,18 +140,18 @@ class Rollout:
         )
 
     def before_update(self) -> dict[str, Any]:
-        """Of ``old_logp``, ``ref_logp`` and ``features`` those that there are."""
+        """Those of ``old_logp``, ``ref_logp`` and ``features`` that are not ``None``, by name."""
         found = {name: getattr(self, name) for name in ("old_logp", "ref_logp", "features")}
         return {name: values for name, values in found.items() if values is not None}
 
     def groups(self, policy: Policy, keep: Tensor) -> Rollout:
-        """Some prompts with all their rows and pictures; ``policy`` made the condition, ``keep`` is bool ``(P,)``."""
+        """Some prompts with all their rows and images; ``policy`` made the condition, ``keep`` is bool ``(P,)``."""
         return self.rows(policy, torch.arange(self.scores.numel()).view_as(self.scores)[keep])
 
     def rows(self, policy: Policy, index: Tensor) -> Rollout:
-        """Some rows with their pictures: int64 ``(P', G')``, which rows of this rollout are those of the new one."""
+        """Some rows with their images: int64 ``(P', G')``, which rows of this rollout are those of the new one."""
         chosen, k = index.flatten(), self.suffixes
-        pictures = (chosen[:, None] * k + torch.arange(k)).flatten().tolist()  # B' * K
+        images = (chosen[:, None] * k + torch.arange(k)).flatten().tolist()  # B' * K
         on_device = chosen.to(self.draws[0].tokens.device)
         return replace(
             self,
@@ -160,17 +160,17 @@ class Rollout:
             draws=[draw.take(on_device) for draw in self.draws],
             scores=self.scores.flatten()[index],
             returns=self.returns.flatten(0, 1)[index],
-            parts={name: values[pictures] for name, values in self.parts.items()},
-            images=self.images[pictures],
-            words_read=[self.words_read[picture] for picture in pictures],
-            regions=[self.regions[picture] for picture in pictures],
+            parts={name: values[images] for name, values in self.parts.items()},
+            images=self.images[images],
+            words_read=[self.words_read[image] for image in images],
+            regions=[self.regions[image] for image in images],
             advantages=None if self.advantages is None else self.advantages[on_device],
             **{name: values[on_device] for name, values in self.before_update().items()},
         )
 
     @staticmethod
     def concatenate(policy: Policy, rollouts: Sequence[Rollout]) -> Rollout:
-        """The prompts of several rollouts of the same G and K in one; ``policy`` encodes the prompts together."""
+        """Join rollouts of the same G and K, prompt after prompt; ``policy`` encodes all prompts in one batch."""
         scenes = [scene for rollout in rollouts for scene in rollout.scenes]
         first, before = rollouts[0], [rollout.before_update() for rollout in rollouts]
         assert all(rollout.version == first.version for rollout in rollouts), "of one policy, as it is"
@@ -192,7 +192,7 @@ class Rollout:
         )
 
     def scored(self, found: RewardOutput) -> Rollout:
-        """The rollout of one picture a row with what a reward found in its pictures."""
+        """This rollout, of one image a row, with the scores and the findings of a reward."""
         mdp.require_applicable(found, self.scenes)
         scores = torch.as_tensor(found.scores).view_as(self.scores)
         return replace(
@@ -206,10 +206,10 @@ class Rollout:
         )
 
     def summary(self, processes: Processes = Processes()) -> dict[str, float]:  # noqa: B008 (alone)
-        """Scalars to log: the reward's mean and spread, its parts and what is beside it where they apply, and the
-        sampler's tail.
+        """Scalars to log: the reward's mean and spread, its parts, metrics beside it, and the sampler's tail mass.
 
-        Over the rollouts of all processes, each of which has to call it.
+        Parts and metrics are means over the samples to which they apply. All processes must call this, because the
+        numbers are over the rollouts of all of them.
         """
         returns, scores = processes.gather(self.returns).double(), processes.gather(self.scores)
         groups = scores.double().std(1, correction=0)
@@ -278,10 +278,10 @@ def unroll(
     keep_support: bool = False,
     on_step: Callable[[VARTextVectorEnv], None] | None = None,
 ) -> Trail:
-    """Continue the episodes in ``envs`` over ``steps``, which start at ``envs.t``. Uses caches and envs up.
+    """Continue the episodes in ``envs`` over ``steps``, which start at ``envs.t``. Changes ``caches`` and ``envs``.
 
-    ``on_step`` is called after each environment step and may raise to stop. After the last grid the images are decoded
-    and handed to the reward first.
+    ``on_step`` is called after each environment step and may raise to stop. After the last grid the images are first
+    decoded and handed to the reward.
     """
     trail = Trail()
     seconds = trail.seconds
@@ -321,13 +321,13 @@ def collect(
     keep_support: bool = False,
     on_step: Callable[[VARTextVectorEnv], None] | None = None,
 ) -> Rollout:
-    """Reset P environments and draw ``group_size`` pictures for each of their prompts.
+    """Reset P environments and draw ``group_size`` images for each of their prompts.
 
     The prompts are ``scenes``, one for each environment, or else what ``envs`` samples, from ``seed`` if it is given.
 
-    With ``fork_at=(m, k)``, every row forks into k before grid m, which share what they have so far, the cache
-    included: then a prompt has ``group_size * k`` pictures, those of one prefix side by side. Several such pairs, m
-    growing, fork one after the other.
+    With ``fork_at=(m, k)``, every row forks into k rows before grid m. They share their grids and their cache so far.
+    A prompt then has ``group_size * k`` images, and those of one prefix stand side by side. Several such pairs, with
+    growing m, fork one after the other.
     """
     rollout, answer = collect_unscored(
         policy,
@@ -419,11 +419,11 @@ def collect_in_parts(
     while_scored: Callable[[Rollout], Rollout] = lambda rollout: rollout,
     **more: Any,
 ) -> Rollout:
-    """`collect`, the prompts in several parts: while one is scored by a `RewardPool`, the next is drawn.
+    """`collect` in several parts of the prompts: a `RewardPool` scores one part while the next one is drawn.
 
-    The same prompts as in one part, with other noise: the sampler draws for one part after the other. When all are
-    drawn, ``while_scored`` may add to the rollout what needs no scores, which are NaN then. Its time is "ahead", and
-    the time for the reward is what is left of it after that.
+    The prompts are the same as in one part. The noise is not, because the sampler draws for one part after the other.
+    When all are drawn, scores are still NaN, and ``while_scored`` may add to the rollout what needs no scores. Its time
+    is booked as "ahead", and "reward" is the time that is then still spent waiting.
 
     Raises:
         ValueError: the environment's reward is no pool.
@@ -454,7 +454,7 @@ def act(policy: Policy, observation: dict[str, Any], decoding: Decoding) -> np.n
     """The next grid on the canvas, int64 ``(H, W)`` for one observation, ``(N, H, W)`` for a batch at any scales.
 
     Where tokens have several codes there is a last axis of D.
-    Computes all earlier scales again; to sample whole pictures, `unroll` is faster.
+    Computes all earlier scales again; to sample whole images, `unroll` is faster.
     """
     schedule, scales = policy.schedule, np.atleast_1d(observation["scale"])
     code = mdp.code_shape(policy.tokenizer)

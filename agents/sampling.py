@@ -16,9 +16,9 @@ class Decoding:
     a truncated sampler never shows the tail, and so cannot teach the policy to keep out of it.
 
     Attributes:
-        temperature: divides the logits, at least 0; 0 takes the likeliest code.
-        top_k: keep the k likeliest codes; 0 keeps all. Codes tied with the k-th stay.
-        top_p: then keep the fewest codes whose probability reaches p, 0 < p <= 1.
+        temperature: divides the logits, at least 0; 0 takes the likeliest token.
+        top_k: keep the k likeliest tokens; 0 keeps all. Tokens tied with the k-th stay.
+        top_p: then keep the fewest tokens whose probability reaches p, 0 < p <= 1.
         guidance: classifier-free guidance, ``null + guidance * (conditional - null)``; 1 is off
             (Ho and Salimans, arXiv 2207.12598).
     """
@@ -32,7 +32,7 @@ class Decoding:
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise ValueError(f"top_k must be a whole number, 0 for all codes, got {self.top_k}")
+            raise ValueError(f"top_k must be a whole number, 0 for all tokens, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if not self.guidance >= 0:
@@ -45,7 +45,7 @@ class Decoding:
 
     @property
     def truncated(self) -> bool:
-        """Whether some codes can never be drawn."""
+        """Whether some tokens can never be drawn."""
         return self.top_k > 0 or self.top_p < 1 or self.temperature == 0
 
 
@@ -54,8 +54,8 @@ class Draw(NamedTuple):
 
     tokens: Tensor  # (B, n, D) int64
     logp: Tensor  # (B, n, D) of the tokens under the sampler's distribution; 0 at temperature 0
-    tail_mass: Tensor  # (B, n, D) probability that the model, conditional and untruncated, gives to codes outside
-    support: Tensor | None  # (B, n, D, V) bool, the codes that could be drawn; None when all
+    tail_mass: Tensor  # (B, n, D) probability that the model, conditional and untruncated, gives to tokens outside
+    support: Tensor | None  # (B, n, D, V) bool, the tokens that could be drawn; None when all
 
     def take(self, index: Tensor | slice) -> Draw:
         """That of some rows; an index may repeat, reorder and drop."""
@@ -77,7 +77,7 @@ class Draw(NamedTuple):
 class SharedNoise(NamedTuple):
     """A generator that several processes have in the same state, of which each draws its share of the rows.
 
-    On a CPU each draws the noise of all rows and takes its own, so that pictures do not depend on the processes. On a
+    On a CPU each draws the noise of all rows and takes its own, so that images do not depend on the processes. On a
     GPU that would be V numbers a token; there each process has a generator of its own, seeded from the shared one.
     """
 
@@ -104,7 +104,7 @@ def draw(
     decoding: Decoding,
     generator: torch.Generator | SharedNoise | None = None,
 ) -> Draw:
-    """Draw one code for each place from logits ``(B, n, D, V)``, which stay as they are.
+    """Draw the D codes of each token from logits ``(B, n, D, V)``, which stay as they are.
 
     ``null_logits`` are the logits without the prompt, needed when ``decoding.guided``. The generator lives on the
     logits' device; ``None`` is torch's global one.
@@ -127,7 +127,7 @@ def draw(
 
 
 def _support(scores: Tensor, decoding: Decoding) -> Tensor:
-    """The codes that stay, bool ``(B, n, D, V)``; the likeliest always does."""
+    """The tokens that stay, bool ``(B, n, D, V)``; the likeliest always does."""
     if decoding.temperature == 0:
         best = scores.argmax(-1, keepdim=True)
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
@@ -136,7 +136,7 @@ def _support(scores: Tensor, decoding: Decoding) -> Tensor:
         return scores >= scores.topk(k, -1).values[..., -1:]
     top, index = scores.topk(k, -1)  # likeliest first
     p = top.softmax(-1)
-    keep = p.cumsum(-1) - p < decoding.top_p  # the mass before a code is still below p
+    keep = p.cumsum(-1) - p < decoding.top_p  # the mass before a token is still below p
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, keep)
 
 
@@ -147,7 +147,7 @@ def _pick(p: Tensor, generator: torch.Generator | SharedNoise | None) -> Tensor:
     if p.device.type != "cpu":
         generator = generator.own() if isinstance(generator, SharedNoise) else generator
         return torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(p.shape[:-1])
-    # The inverse of the cumulative distribution, five times as fast as multinomial on a CPU. A code of probability 0
+    # The inverse of the cumulative distribution, five times as fast as multinomial on a CPU. A token of probability 0
     # cannot be the first whose cumulative sum exceeds u (on a GPU, where sums associate otherwise, it could).
     cdf = p.cumsum(-1)
     shape = (*p.shape[:-1], 1)

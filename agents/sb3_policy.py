@@ -10,7 +10,7 @@
 What it shares with ``agents.PPO``: the network, the kind of critic, and a critic that sends no gradient into the
 transformer. What differs is SB3's: an action is a whole grid, and so is the importance ratio, the critic has the
 policy's learning rate (SB3 has one for all), every step of the environment runs the transformer from the start, and
-there is no KL to a reference. Budgets in pictures compare; seconds do not.
+there is no KL to a reference. Budgets in images compare; seconds do not.
 """
 
 from __future__ import annotations

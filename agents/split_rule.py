@@ -1,15 +1,15 @@
 """Where VMR splits, found while it learns: the rule behind ``VMR(split="auto")``.
 
-**What is measured.** How much of the returns' variance among a prompt's pictures is decided when the first m grids are
+**What is measured.** How much of the returns' variance among a prompt's images is decided when the first m grids are
 drawn: the share ``d_m = b / (b + w)``, with b the variance between prefixes and w that among suffixes of one prefix.
 It is the intraclass correlation of the returns, and a prefix update with K suffixes of each prefix shows it for its m.
-No picture is drawn for the rule alone. It visits the candidates in real updates: each once in the beginning, and then,
+No image is drawn for the rule alone. It visits the candidates in real updates: each once in the beginning, and then,
 with every 8th prefix update, that with the oldest measurement.
 
 **What a split is worth.** Near the reference and for eta above the rewards' spread, the objective can gain
 ``v / (2 eta)``, v the variance, of which ``d_m`` lies in the prefix and the rest in the suffix (the second cumulant of
 eqs. 3 and 4). An update's step has about the same length whatever the gradient's (AdamW; the group's deviation in the
-advantages does the same), and with few pictures most of it is noise. So it gains the squared length of the true
+advantages does the same), and with few images most of it is noise. So it gains the squared length of the true
 gradient over the length of its noise. If every token's score counts the same, the former goes with the variance that
 the learned grids decide, and the squared latter with the variance of the advantages times the number n of tokens that
 share it. In units of ``sqrt(v)``:
@@ -17,7 +17,7 @@ share it. In units of ``sqrt(v)``:
     prefix update:  d_m / sqrt((d_m + (1 - d_m) / K) n_prefix)      suffix update:  sqrt((1 - d_m) / n_suffix)
 
 The rule takes the m with the largest sum of these over one cycle of prefix and suffix updates, in which every m costs
-the same number of pictures. A prefix that decides nothing is worth nothing; one that decides all but has many tokens
+the same number of images. A prefix that decides nothing is worth nothing; one that decides all but has many tokens
 that do not matter is worth less than a shorter one. PANW and MP weigh tokens, and this account does not look at it.
 
 **Caution.** One batch of 8 x 8 prefixes and K = 2 tells a share to about 0.1, and the best of several noisy numbers is

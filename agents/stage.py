@@ -1,6 +1,6 @@
 """STAGE, Stable and Generalizable GRPO for Autoregressive Image Generation: its eqs. 5-12, as three wrappers.
 
-Pictures of one prompt are alike in most places. Where two of them are alike and one is better than its group, the other
+Images of one prompt are alike in most places. Where two of them are alike and one is better than its group, the other
 worse, their gradients pull the same token both ways. STAGE has three answers, each a wrapper of its own:
 
 - `SimilarityAdvantage`: a token's advantage shrinks with its similarity to the tokens at the same place in the samples
@@ -165,7 +165,7 @@ def record_scales(agent: GRPO, steps: range, name: str, values: Tensor) -> None:
 class SimilarityAdvantage(Wrapper):
     """Shrinks the advantage of tokens that are alike in better and in worse samples (STAGE).
 
-    Eqs. 5-8, see `similarity_weights`. Two equal pictures, one above the group's mean and one below, teach nothing.
+    Eqs. 5-8, see `similarity_weights`. Two equal images, one above the group's mean and one below, teach nothing.
     Logs the means of the weight and of the similarity for every scale, ``stage/weight_`` and ``stage/similarity_``.
 
     Args:

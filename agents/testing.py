@@ -308,13 +308,13 @@ class TokenizerContract:
         for grid in grids:
             assert grid.dtype == torch.int64 and grid.min() >= 0 and grid.max() < tokenizer.vocab_size
 
-    def test_decode_gives_pictures_at_any_scale(self) -> None:
+    def test_decode_gives_images_at_any_scale(self) -> None:
         tokenizer = self.make_tokenizer()
         canvases = self.canvases(tokenizer, random_grids(tokenizer, 2))
         for canvas in (canvases[0], canvases[len(canvases) // 2], canvases[-1]):
-            pictures = tokenizer.decode(canvas)
-            assert pictures.shape == (2, tokenizer.image_size, tokenizer.image_size, 3)
-            assert pictures.dtype == torch.uint8
+            images = tokenizer.decode(canvas)
+            assert images.shape == (2, tokenizer.image_size, tokenizer.image_size, 3)
+            assert images.dtype == torch.uint8
         assert torch.equal(tokenizer.decode(canvases[-1]), tokenizer.decode(canvases[-1]))
         assert not torch.equal(tokenizer.decode(canvases[0]), tokenizer.decode(canvases[-1])), "grids leave no trace"
 
@@ -370,7 +370,7 @@ class TokenizerContract:
 
 
 def random_grids(tokenizer: VisualTokenizer, batch: int, seed: int = 0) -> list[Tensor]:
-    """T grids of codes drawn uniformly, int64 ``(batch, n_t, D)``."""
+    """T grids of tokens drawn uniformly, int64 ``(batch, n_t, D)``."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [(batch, n, tokenizer.depth) for n in tokenizer.schedule.sizes]
     return [torch.randint(tokenizer.vocab_size, size, generator=generator) for size in sizes]
@@ -400,7 +400,7 @@ class FixedPrompts:
 
 
 class TopHalf(Reward):
-    """How bright the upper half of the picture is, 0 to 1; claims to have read a word there, which is MP's region."""
+    """How bright the upper half of the image is, 0 to 1; claims to have read a word there, which is MP's region."""
 
     name = "top_half"
 

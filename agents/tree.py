@@ -1,24 +1,24 @@
-"""Tree GRPO: every picture that is decoded teaches every scale.
+"""Tree GRPO: every image that is decoded teaches every scale.
 
 VMR draws K suffixes to value a prefix (eq. 10 of *VAR RL Done Right*), learns the prefix, and throws the suffixes
-away; those it learns from are drawn anew, for one prefix a prompt. Here the G pictures of a prompt are the leaves of
+away; those it learns from are drawn anew, for one prefix a prompt. Here the G images of a prompt are the leaves of
 one tree, which forks before one or several grids, and one update learns all T grids from it:
 
 - a leaf is worth its reward, and a node the soft value of its children: eq. 10, level by level;
 - the grids between two forks belong to the node at their end, and their tokens' advantage is what that node is worth
   more than its siblings, which share everything before these grids.
 
-Pictures cost as much as GRPO's, P * G an update, and grids before a fork are drawn once for all that follows.
+Images cost as much as GRPO's, P * G an update, and grids before a fork are drawn once for all that follows.
 
 **Baselines.** A node is compared with others only, never with itself. Otherwise its own share in the mean would shrink
 the advantages of k siblings by ``(k - 1) / k``, each level's by another factor, and the gradient would no longer point
 where that of the expected reward does. Whatever does not depend on a node's own tokens is a fair baseline, and the mean
-of the siblings is not always the best: of a pair, each would be judged by a single picture. So ``baseline="shrunk"``
+of the siblings is not always the best: of a pair, each would be judged by a single image. So ``baseline="shrunk"``
 draws it towards the baseline of their parent, as far as the spread of the values says (`sibling_weight`). The more
 chance there is among siblings, the nearer this comes to GRPO's baseline, the mean of the prompt.
 
 **When it pays.** Say a share rho of the reward's variance within a prompt is decided before the fork, and that nodes
-fork into pairs. Against as many pictures that share nothing, the noise of the gradient before the fork is ``1 + rho``
+fork into pairs. Against as many images that share nothing, the noise of the gradient before the fork is ``1 + rho``
 times as much, as there are fewer prefixes, and the baseline's own noise comes on top when they are few. That after the
 fork is ``1 - rho^2`` times, from the better baseline, where the siblings' mean alone would make it ``2 - 2 rho``. So a
 fork pays where much is decided before it and most of the gradient's noise comes after it, and otherwise costs a little.
@@ -90,7 +90,7 @@ def sibling_weight(siblings: Tensor, others: Tensor, above: Tensor) -> Tensor:
     Both estimate what the parent is worth. With s^2 the variance of the one and t^2 the squared error of the other,
     ``t^2 / (s^2 + t^2)`` makes the error of their mix the least. s^2 shows in the spread of siblings, and s^2 + t^2 in
     the distance of the two. A prompt's weight is taken from the other prompts, so that it does not depend on the
-    prompt's own pictures and leaves the gradient unbiased; with a single prompt it is 1.
+    prompt's own images and leaves the gradient unbiased; with a single prompt it is 1.
 
     Args:
         siblings: values of the k children of each of N nodes, ``(P, N, k)``.
@@ -105,7 +105,7 @@ def sibling_weight(siblings: Tensor, others: Tensor, above: Tensor) -> Tensor:
 
 @register("tree")
 class TreeGRPO(GRPO):
-    """GRPO on a tree of pictures: all scales learn at once, from soft values among siblings.
+    """GRPO on a tree of images: all scales learn at once, from soft values among siblings.
 
     Without forks this is GRPO. With ``advantage_scale="none"`` and a large ``eta`` the expected gradient is that of the
     expected reward, times GRPO's own ``(G - 1) / G``.
@@ -131,7 +131,7 @@ class TreeGRPO(GRPO):
         branching: Annotated[
             Sequence[int] | None,
             "children of the prompt, and of each node at every fork; their product is ``group_size``. ``None``: "
-            "2 at each fork and the rest at the prompt, so that 8 pictures and one fork are 4 times 2. An only "
+            "2 at each fork and the rest at the prompt, so that 8 images and one fork are 4 times 2. An only "
             "child of the prompt learns nothing.",
         ] = None,
         eta: Annotated[
@@ -178,7 +178,7 @@ class TreeGRPO(GRPO):
             )
         if math.prod(found) != self.group_size:
             raise ValueError(
-                f"branching={branching!r} makes {math.prod(found)} pictures, not group_size={self.group_size}"
+                f"branching={branching!r} makes {math.prod(found)} images, not group_size={self.group_size}"
             )
         return found
 

@@ -1,15 +1,16 @@
 """VMR, Value as Middle Return: GRPO in two stages, before and after a middle step m (section 3.3).
 
-A prefix of m grids is worth the soft value of what follows from it, estimated from K suffixes (eq. 10). So a **prefix
-update** learns m short grids from a return that the noise of the long suffix no longer blurs, and a **suffix update**
-learns the rest from prefixes that stay as they are. Both are GRPO with a KL penalty of their own (eq. 5).
+The value of a prefix of m grids is the soft mean of the rewards of its continuations. K suffixes estimate it (eq. 10).
+A **prefix update** learns the first m grids from this value, which averages over the noise of the long suffix. A
+**suffix update** learns the other grids and leaves the prefix as it is. Both are GRPO with a KL penalty of their own
+(eq. 5).
 
-An iteration samples one of two trees, in which branches share all that was computed before the fork:
+An iteration samples one of two trees. Branches share all that was computed before their fork:
 
-- prefix: P prompts, G prefixes each, K suffixes each; G values a prompt, normalised among themselves;
-- suffix: P prompts, one prefix each, G suffixes; G rewards a prefix, normalised among themselves.
+- prefix: P prompts, G prefixes for each, K suffixes for each prefix. The G values of a prompt are normalised.
+- suffix: P prompts, one prefix for each, G suffixes. The G rewards of a prefix are normalised.
 
-Images are what costs: a prefix update decodes P * G * K of them, and a suffix update P * G.
+The cost is in images: a prefix update decodes P * G * K of them, and a suffix update P * G.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ def middle_return(returns: Tensor, eta: float) -> Tensor:
 
 @register("vmr")
 class VMR(GRPO):
-    """Two-stage GRPO: prefixes learn from the soft value of their suffixes, then suffixes learn.
+    """Two-stage GRPO: prefix updates learn from the soft value of suffixes, suffix updates from the rewards.
 
     Args:
         policy, env: and more keywords, as in `GRPO`.
 
-    With ``split="auto"`` it logs ``vmr/split``, the m of the update, and for each m that has been measured
+    With ``split="auto"`` it logs ``vmr/split``, the m of the update. For each m measured so far it logs
     ``vmr/decided_m``, the share of the variance that the prefix decides, and ``vmr/worth_m``, which the rule compares.
 
     Attributes:
@@ -69,7 +70,7 @@ class VMR(GRPO):
             int | str,
             "the middle step m, how many grids the prefix has: a number of grids, or the resolution in pixels "
             'at which the prefix ends, as ``"m_128"`` or a number larger than T; ``"half"`` is half of the '
-            'picture\'s. With ``m = T`` there is no suffix, and this is vanilla GRPO. ``"auto"`` looks for m '
+            'image\'s. With ``m = T`` there is no suffix, and this is vanilla GRPO. ``"auto"`` looks for m '
             "while it learns, below T, by the rule of ``agents/split_rule.py``: where an update gains most, "
             "told by the share of the returns' variance that the prefix decides and by the tokens on either "
             "side. It needs a K of at least 2.",
@@ -171,11 +172,11 @@ class VMR(GRPO):
             return super().collect(seed)
         if self.stage == "suffix":
             return self.draw(seed, 1, (m, self.group_size))  # one s_m a prompt, shared by G suffixes
-        pictures = self.draw(seed, self.group_size, (m, self.suffix_samples))
+        rollout = self.draw(seed, self.group_size, (m, self.suffix_samples))
         if self.suffix_kl_coef:
-            pictures = replace(pictures, returns=pictures.returns - self.suffix_kl_coef * self.suffix_kl(pictures, m))
+            rollout = replace(rollout, returns=rollout.returns - self.suffix_kl_coef * self.suffix_kl(rollout, m))
         value = partial(middle_return, eta=self.eta)
-        return pictures.merge(self.policy, self.suffix_samples, m, value)
+        return rollout.merge(self.policy, self.suffix_samples, m, value)
 
     def while_scored(self, rollout: Rollout) -> Rollout:
         everything, k = range(len(self.policy.schedule)), self.suffix_samples
@@ -187,26 +188,26 @@ class VMR(GRPO):
         return replace(rollout, **found, version=prefixes.version)  # until `collect` merges the rows
 
     @torch.no_grad()
-    def suffix_kl(self, pictures: Rollout, m: int) -> Tensor:
-        """log policy - log reference of the grids from m on, of rollouts with one picture a row: as ``returns``."""
+    def suffix_kl(self, rollout: Rollout, m: int) -> Tensor:
+        """The KL estimate "k1" summed over the grids from m on, in the shape of ``returns``; for one image a row."""
         reference, suffix = self.require_reference(), range(m, len(self.policy.schedule))
 
         def of_rows(rows: Tensor) -> Tensor:
-            mine, ref = (self.log_probs(policy, pictures, rows, suffix).logp for policy in (self.policy, reference))
+            mine, ref = (self.log_probs(policy, rollout, rows, suffix).logp for policy in (self.policy, reference))
             return losses.kl_estimate(mine, ref, "k1").sum(1)  # (b,)
 
-        return self.in_micro_batches(of_rows, pictures).view_as(pictures.returns).to(pictures.returns)
+        return self.in_micro_batches(of_rows, rollout).view_as(rollout.returns).to(rollout.returns)
 
     def timesteps(self, images: int) -> int:
-        """See `Agent.timesteps`. A picture takes the more steps the earlier the split, so "auto" counts with the
-        earliest: no run ends before its pictures are drawn, and the remaining progress ends above 0."""
+        """See `Agent.timesteps`. The earlier the split, the more steps an image takes. "auto" counts with the earliest
+        split, so that no run ends before its images are drawn; its remaining progress then ends above 0."""
         if self.split == len(self.policy.schedule):
             return super().timesteps(images)
         m = 1 if self.split_rule is not None else self.m
         a, b = self.prefix_updates, self.suffix_updates  # one cycle
         steps = a * self._rollout_steps("prefix", m) + b * self._rollout_steps("suffix", m)
-        pictures = self.prompts_per_update * self.group_size * (a * self.suffix_samples + b)
-        return -(-images * steps // pictures)
+        per_cycle = self.prompts_per_update * self.group_size * (a * self.suffix_samples + b)
+        return -(-images * steps // per_cycle)
 
     def _rollout_steps(self, stage: str, m: int) -> int:
         """Environment steps of an iteration at a split: each grid counts once for every row that draws it."""

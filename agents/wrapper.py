@@ -1,12 +1,12 @@
-"""Wrappers: they change what an agent learns from a rollout. PANW, MP and the parts of STAGE are wrappers.
+"""Wrappers change what an agent learns from a rollout. PANW, MP and the parts of STAGE are wrappers.
 
-There are three hooks, each called once for a rollout, in this order:
+A wrapper has three hooks. An update calls each of them once, in this order:
 
-- `scores`, ``(P, G)``: what each row is worth, before it is compared with its group;
-- `token_advantages`, ``(B, n)``: how good each token was, from the algorithm's ``rollout.advantages``;
-- `token_weights`: how much each token counts against the others, in the policy term, the KL and the entropy bonus.
+- `scores`, ``(P, G)``: what each row is worth, before it is compared with its group.
+- `token_advantages`, ``(B, n)``: how good each token was, from the algorithm's ``rollout.advantages``.
+- `token_weights`: how much each token counts in the policy term, in the KL and in the entropy bonus.
 
-A wrapper of your own overrides some of them, calls the one inside, and returns something else::
+Your own wrapper overrides some of these hooks, calls the same hook of the agent inside, and changes the result::
 
     class CoarseOnly(Wrapper):
         def __init__(self, agent, *, scales=3):
@@ -41,9 +41,9 @@ WrapperT = TypeVar("WrapperT", bound="Wrapper")
 class Wrapper:
     """Base class of the wrappers. Everything that it does not define is the wrapped agent's.
 
-    Wrapping is for good: the innermost agent knows its outermost wrapper, and learns, saves and is restored with the
-    whole chain, whichever of them is called. Attributes are read through the wrapper and set where they belong: the
-    options of a wrapper on it, all else on ``unwrapped``. To set what the agent inside has raises `AttributeError`.
+    A wrapper cannot be taken off. The innermost agent knows its outermost wrapper, so it learns, saves and loads with
+    the whole chain, whichever of them is called. A wrapper gives the attributes of the agent inside. Setting one of
+    them on the wrapper raises `AttributeError`: set a wrapper's options on that wrapper, all else on ``unwrapped``.
 
     Args:
         agent: an agent, or the outermost wrapper of one. Options of a subclass are keywords and are stored as

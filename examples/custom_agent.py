@@ -7,7 +7,7 @@
 An agent writes one round, `iterate`: sample, learn. The loop, the budget, callbacks, TensorBoard, predict, save and
 load are `Agent`'s. To change how GRPO treats its tokens, a wrapper is less work: see custom_wrapper.py.
 
-The idea here: imitate your own pictures, the better the more. A picture's weight is the softmax of the rewards in its
+The idea here: imitate your own images, the better the more. An image's weight is the softmax of the rewards in its
 group, so there is no baseline, no ratio, no reference and nothing to clip (reward-weighted regression, Peters and
 Schaal, 2007).
 """
@@ -45,13 +45,13 @@ class SoftBest(Agent):
         super().__init__(policy, env, **common)
 
     def iterate(self) -> None:
-        rollout = self.sample()  # G pictures for each of P prompts, scored
+        rollout = self.sample()  # G images for each of P prompts, scored
         weights = (rollout.scores / self.beta).softmax(1).flatten().to(self.device)  # (B,), each group sums to 1
         with self.updating():
             everything = range(len(self.policy.schedule))
             logp, entropy = self.policy.evaluate(rollout.cond, rollout.grids, everything)  # (B, L, D)
-            per_picture = logp.sum(-1).mean(1)  # (B,)
-            loss = -(weights * per_picture).sum() / self.prompts_per_update
+            per_image = logp.sum(-1).mean(1)  # (B,)
+            loss = -(weights * per_image).sum() / self.prompts_per_update
             self.optimizer.zero_grad()
             loss.backward()
             norm = self.optimizer_step()

@@ -1,4 +1,4 @@
-"""Measure a policy on held-out prompts: the paper's metrics with 95 % bootstrap intervals, and a picture.
+"""Measure a policy on held-out prompts: the paper's metrics with 95 % bootstrap intervals, and an image.
 
 The same as ``vartext evaluate``: what it does, and its options, are in agents/experiments/evaluate.py.
 """

@@ -11,7 +11,7 @@ Rows, sides and codes are varied one at a time, the other two at the middle of t
 - **plain**: without any of these options.
 - **micro_batch**: --micro-batch rows in one forward and backward pass.
 - **recompute**: gradient checkpointing, the layers computed again in the backward pass.
-- **logit_chunk**: the logits of --logit-chunk tokens of a picture at a time.
+- **logit_chunk**: the logits of --logit-chunk tokens of an image at a time.
 - **all three** together.
 
 All of them leave the update unchanged, but for rounding, and cost time: recompute another forward pass of the layers,
@@ -64,7 +64,7 @@ MIB = 2**20
 class Case:
     """What is measured in one process."""
 
-    rows: int  # of the update, pictures
+    rows: int  # of the update, images
     side: int  # of the finest grid
     codes: int  # the vocabulary
     options: dict[str, Any]  # of the agent
@@ -93,7 +93,7 @@ def measure(case: Case, device: str) -> int:
 
 
 def random_rollout(policy: VARTextPolicy, rows: int) -> Rollout:
-    """What an update asks for, the grids drawn uniformly and no picture decoded."""
+    """What an update asks for, the grids drawn uniformly and no image decoded."""
     grids = [grid.to(policy.device) for grid in random_grids(policy.tokenizer, rows)]
     zeros = [torch.zeros(grid.shape, device=policy.device) for grid in grids]
     return Rollout(
@@ -164,7 +164,7 @@ def in_a_process(case: Case, device: str) -> int:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     for option, default, text in (
-        ("--rows", [4, 8, 16], "pictures of an update"),
+        ("--rows", [4, 8, 16], "images of an update"),
         ("--sides", [8, 12, 16], "sides of the finest grid, in tokens"),
         ("--codes", [512, 4096, 16384], "sizes of the vocabulary"),
     ):

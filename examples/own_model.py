@@ -1,6 +1,6 @@
 """A model of your own in one file: a convolutional next-scale policy, its contract tests, and its training.
 
-    python examples/own_model.py                     # GRPO teaches it to paint bright pictures, a minute on two cores
+    python examples/own_model.py                     # GRPO teaches it to paint bright images, a minute on two cores
     pytest examples/own_model.py                     # the contract, see docs/your-model.md
     python examples/compare.py --plugin examples/own_model.py --policy runs/own-model/policy.safetensors --agents grpo
 
@@ -114,7 +114,7 @@ class TestConvPolicy(PolicyContract):
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=6400, help="pictures to learn from (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=6400, help="how many to learn from (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/own-model"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Watch a picture grow scale by scale: in the terminal, as a PNG strip, or as an animated GIF.
+"""Watch an image grow scale by scale: in the terminal, as a PNG strip, or as an animated GIF.
 
 The same as ``vartext play``: what it does, and its options, are in agents/experiments/play.py.
 """

@@ -10,15 +10,15 @@ the transformer is `VARActorCriticPolicy`.
 
 The MLP reads the prompt as 8-bit numbers and draws all cells of a grid independently of each other. No budget that fits
 an afternoon makes it write a letter, and a reward that is always 0 teaches nothing. So its reward is how bright the
-picture is, with one fixed prompt: a task that tells whether the plumbing works, and no more. Such a reward is a class
+image is, with one fixed prompt: a task that tells whether the plumbing works, and no more. Such a reward is a class
 of five lines, `Brightness` below.
 
-The transformer learns brightness fast: from 0.48 to 0.71 in 640 pictures. On the OCR reward the default budget is too
+The transformer learns brightness fast: from 0.48 to 0.71 in 640 images. On the OCR reward the default budget is too
 small to see a gain, and the table should say that nothing broke. SB3's PPO takes several optimiser steps for each
 rollout, so its learning rate is below that of our agents, which take one: at 5e-5 and with ``gae_lambda=0.95``, 1280
-pictures took the held-out reward from 1.31 to 0.97 (one seed).
+images took the held-out reward from 1.31 to 0.97 (one seed).
 
-What can be compared: rewards at the same number of pictures, between transformers: SB3's PPO here, ``agents.PPO``, GRPO
+What can be compared: rewards at the same number of images, between transformers: SB3's PPO here, ``agents.PPO``, GRPO
 and the others of compare.py. What cannot: the MLP with any of them (no pretraining, another task), and seconds (SB3
 computes every grid from the start, our sampler keeps a cache). In SB3's PPO the ratio is that of a whole grid. As a
 product over 64 tokens it would leave the clip range after every step, so this script takes the geometric mean,
@@ -56,7 +56,7 @@ DEFAULTS = {
 
 
 class Brightness(Reward):
-    """The mean brightness of the picture, 0 to 1: nothing to do with the prompt, but any policy can learn it."""
+    """The mean brightness of the image, 0 to 1: nothing to do with the prompt, but any policy can learn it."""
 
     name = "brightness"
 
@@ -78,14 +78,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--weights", type=Path, help="of the transformer, a .safetensors file (default: the shipped)")
     parser.add_argument("--tokenizer", type=Path, help="the tokenizer of both, a .safetensors file")
-    parser.add_argument("--num-envs", type=int, default=64, help="pictures an update (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=128, help="pictures of each measurement (default: %(default)s)")
+    parser.add_argument("--num-envs", type=int, default=64, help="images an update (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=128, help="images of each measurement (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     transformer, mlp = DEFAULTS.values()
     for name, text in (
         ("reward", "ocr or brightness"),
-        ("images", "budget in pictures"),
+        ("images", "budget in images"),
         ("epochs", "passes over a rollout"),
         ("learning_rate", "Adam's, of actor and critic"),
     ):
@@ -111,7 +111,7 @@ def make_env(args: argparse.Namespace, tokenizer: VisualTokenizer, split: str) -
 def make_model(args: argparse.Namespace, tokenizer: VisualTokenizer) -> PPO:
     env, grids = make_env(args, tokenizer, "train"), len(tokenizer.schedule)
     common: dict[str, Any] = {
-        "n_steps": grids,  # whole episodes: one picture of each environment
+        "n_steps": grids,  # whole episodes: one image of each environment
         "batch_size": max(2, args.num_envs * grids // 4),
         "n_epochs": args.epochs,
         "learning_rate": args.learning_rate,
@@ -143,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     worlds = [make_env(args, tokenizer, split) for split in splits]
     rows = [["before", *(measure(model, env, args.prompts) for env in worlds)]]
     model.learn(args.images * len(tokenizer.schedule), progress_bar=not args.no_progress)
-    pictures = model.num_timesteps // len(tokenizer.schedule)
-    rows.append([f"after {pictures} pictures", *(measure(model, env, args.prompts) for env in worlds)])
+    images = model.num_timesteps // len(tokenizer.schedule)
+    rows.append([f"after {images} images", *(measure(model, env, args.prompts) for env in worlds)])
     print(table([f"{args.reward} reward", *(f"{split} prompts" for split in splits)], rows))
     return 0
 

@@ -3,9 +3,9 @@
     python examples/soak_service.py                          # two minutes
     python examples/soak_service.py --seconds 20 --kill-every 5 --out /tmp/soak
 
-Starts `python -m rewards.service` and as many clients as asked for. Each sends batches of 1 to 16 pictures, the next as
+Starts `python -m rewards.service` and as many clients as asked for. Each sends batches of 1 to 16 images, the next as
 soon as it has the answer, and compares scores and parts bit for bit with those of the reward in this process. Every
---kill-every seconds one of the service's workers is killed (SIGKILL), whatever it is at. Half of the pictures are
+--kill-every seconds one of the service's workers is killed (SIGKILL), whatever it is at. Half of the images are
 noisy, so that OCR is unsure of them.
 
 Writes soak.json and soak.md to --out. Exit status 1 when a score differs or a request fails.
@@ -39,10 +39,10 @@ from agents.experiments.output import require_folder, table, write_json, write_t
 from rewards.serving.client import RewardClient, ServiceError
 from var_env.scenes import World, render
 
-MAX_BATCH = 16  # pictures in a request
+MAX_BATCH = 16  # images in a request
 
 
-def pictures(count: int) -> tuple[np.ndarray, list[Any]]:
+def noisy_images(count: int) -> tuple[np.ndarray, list[Any]]:
     """Rendered scenes, every other one with noise: uint8 ``(count, 64, 64, 3)``, and the scenes."""
     world, rng = World(split="test"), np.random.default_rng(0)
     scenes = [world.sample(rng) for _ in range(count)]
@@ -101,7 +101,7 @@ class Soak:
 
     def __init__(self, url: str, reward: rewards.Reward, seconds: float, kill_every: float) -> None:
         self.url, self.seconds, self.kill_every = url, seconds, kill_every
-        self.images, self.scenes = pictures(64)
+        self.images, self.scenes = noisy_images(64)
         self.expected = reward(self.images, self.scenes)
         self.latencies: list[float] = []  # seconds, one a request
         self.scored = self.mismatches = self.kills = 0

@@ -4,7 +4,7 @@
     python examples/soak_training.py --agents grpo vmr+panw+mp --kills 100 --updates 200
     python examples/soak_training.py --agents --plugin my_agent.py ...   # every registered agent, yours included
 
-With a small tokenizer and a small transformer, both random, and the brightness of pictures as the reward, so that an
+With a small tokenizer and a small transformer, both random, and the brightness of images as the reward, so that an
 update takes milliseconds:
 
 1. Every agent trains --length updates without a stop. Then it trains again with a checkpoint after each update, its
@@ -70,7 +70,7 @@ def every_recipe() -> list[str]:
 
 
 class Brightness(Reward):
-    """How bright a picture is, from 0 to 1; claims to have read a word in its corner."""
+    """How bright an image is, from 0 to 1; claims to have read a word in its corner."""
 
     name = "brightness"
 

@@ -26,9 +26,9 @@ class HasWords(Protocol):
 class RewardOutput:
     """What a reward found in a batch of B images.
 
-    A reward may have nothing to say about a sample: it marks the score with `applicable`, and a part by an entry that
-    is None or masked (`numpy.ma`). Both are NaN here. Any other number that is not finite is an error: the constructor
-    raises ValueError naming the image.
+    A reward, or a part of it, may not apply to a sample. `applicable` marks such a score; an entry that is None or
+    masked (`numpy.ma`) marks such a part. Both become NaN here. Any other number that is not finite is an error, and
+    the constructor raises ValueError naming the image.
 
     Attributes:
         scores: (B,) float32, the reward. Finite, and NaN where it is not applicable.
@@ -96,8 +96,8 @@ def finite(name: str, values: Any, nothing: NDArray[np.bool_]) -> NDArray[np.flo
 class Reward(ABC):
     """From decoded images and their scenes to scores. Subclasses set `name` and implement `score`.
 
-    A reward that asks of a scene something else than target words overrides `check_scenes`. One whose scores have
-    bounds may state them in `score_range`, the lowest and the highest, for `rewards.combine` to scale by.
+    A reward that needs something else of a scene than target words overrides `check_scenes`. A reward with bounded
+    scores may state the lowest and the highest in `score_range`; `rewards.combine` scales by them.
     """
 
     name: str

@@ -17,7 +17,7 @@ WEIGHT = 2.5  # w of eq. 1, which stretches what CLIP gives to about [0, 1]
 class CLIPScore(hub.ModelReward):
     """Compares each image with its scene's prompt, eq. 1 of Hessel et al.: ``2.5 * max(cos(image, prompt), 0)``.
 
-    Scores lie in [0, 2.5]; of good pictures about 0.8, as in the paper's tables. The prompt is taken as it is, without
+    Scores lie in [0, 2.5]; of good images about 0.8, as in the paper's tables. The prompt is taken as it is, without
     the "A photo depicts" that the authors put before captions, and cut at the text model's maximum length. Words are
     not read: an image's `words` and `regions` are empty.
 
@@ -56,7 +56,7 @@ def cosine(model: Any, processor: Any, images: NDArray[np.uint8], prompts: list[
 
     inputs = processor(
         text=prompts,
-        images=hub.pictures(images),
+        images=hub.pil_images(images),
         return_tensors="pt",
         padding=True,
         truncation=True,

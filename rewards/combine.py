@@ -71,7 +71,7 @@ class Combined(Reward):
         normalise: what is done to scores before they are weighted. "none": nothing. "range": each reward's own
             `score_range` is mapped to [0, 1]. A mapping of names to (low, high) gives the ranges, where a reward states
             none or where those that occur are narrower. Scores beyond a range given so go beyond [0, 1]. There is no
-            scaling by the statistics of a batch: a score would depend on its neighbours in it, a picture alone would
+            scaling by the statistics of a batch: a score would depend on its neighbours in it, an image alone would
             have none, and an evaluation would always find the mean 0.
 
     Raises:

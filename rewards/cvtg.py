@@ -11,7 +11,7 @@ The program is ``unified_metrics_eval.py`` in ``TextCrafter_Eval`` of https://gi
   edits.
 - CLIPScore is that of CLIP ViT-L/14, with `CLIP_PREFIX` before the prompt, and a mean over images.
 
-The program reads with PaddleOCR 2 (``lang="en"``, ``use_angle_cls=True``), and the authors' pictures have 1024 pixels:
+The program reads with PaddleOCR 2 (``lang="en"``, ``use_angle_cls=True``), and the authors' images have 1024 pixels:
 numbers beside those of their tables need both, and that CLIP.
 """
 

@@ -1,4 +1,4 @@
-"""GIT (Wang et al., arXiv 2205.14100), asked about a picture: a reward of T2I-R1 (Jiang et al., arXiv 2505.00703).
+"""GIT (Wang et al., arXiv 2205.14100), asked about an image: a reward of T2I-R1 (Jiang et al., arXiv 2505.00703).
 
 STAGE's mixture of rewards has it as its part "Git".
 """
@@ -86,7 +86,7 @@ def yes(model: Any, processor: Any, images: NDArray[np.uint8], questions: list[s
         [tokenizer.cls_token_id, *tokenizer(text, add_special_tokens=False).input_ids[:most]] for text in questions
     ]
     inputs = tokenizer.pad({"input_ids": asked}, padding_side="right", return_tensors="pt").to(model.device)
-    pixels = processor.image_processor(hub.pictures(images), return_tensors="pt").pixel_values
+    pixels = processor.image_processor(hub.pil_images(images), return_tensors="pt").pixel_values
     with torch.inference_mode():
         output = model(
             input_ids=inputs.input_ids,

@@ -78,7 +78,7 @@ class GroundingDINODetector:
         read = [tokens_of(processor.tokenizer, row, model.config.max_text_len) for row in names]
         texts, spans = [tokens for tokens, _ in read], [spans for _, spans in read]
         inputs = processor.tokenizer.pad({"input_ids": texts}, padding_side="right", return_tensors="pt")
-        pixels = processor.image_processor(hub.pictures(images), return_tensors="pt")
+        pixels = processor.image_processor(hub.pil_images(images), return_tensors="pt")
         with torch.inference_mode():
             output = model(
                 pixel_values=pixels.pixel_values.to(model.device, model.dtype),

@@ -1,9 +1,9 @@
-"""HPSv3 (Ma et al., arXiv 2508.03789): which pictures of a prompt people prefer, by Qwen2-VL with a regression head.
+"""HPSv3 (Ma et al., arXiv 2508.03789): which images of a prompt people prefer, by Qwen2-VL with a regression head.
 
 The checkpoint is one file, HPSv3.safetensors: the weights of Qwen2-VL-7B under the names of its first release
 (``visual.``, ``model.``, ``lm_head.``) and of the head (``rm_head.``). Configuration, tokenizer and image processor are
 those of Qwen2-VL-7B-Instruct, with one token more, ``<|Reward|>``. The head reads the state at that token and gives the
-mean and the logarithm of the deviation of a normal distribution of the picture's quality; the score is the mean.
+mean and the logarithm of the deviation of a normal distribution of the image's quality; the score is the mean.
 Checked against the authors' description and program at github.com/MizzenAI/HPSv3 (MIT licence).
 """
 
@@ -26,7 +26,7 @@ WEIGHTS = "HPSv3.safetensors"
 BASE_FILES = "config.json, the tokenizer's files and preprocessor_config.json of Qwen2-VL"
 REWARD_TOKEN = "<|Reward|>"
 CELL = 28  # pixels a side that become one token: patches of 14, merged two by two
-PIXELS = 256 * CELL**2  # every picture is brought to about this size, and to sides that are multiples of 28
+PIXELS = 256 * CELL**2  # every image is brought to about this size, and to sides that are multiples of 28
 
 # What the model was trained to read, to the letter: Qwen2-VL's conversation around the authors' instruction, which is
 # part of the checkpoint's format and keeps its slips and its blanks at the ends of lines.
@@ -82,12 +82,12 @@ AFTER_IMAGE = (
 class HPSv3Reward(hub.ModelReward):
     """HPSv3's score of each image for its scene's prompt: the mean that the regression head gives.
 
-    Scores are real numbers without bounds, higher for better pictures; the loss of the paper makes a difference of
+    Scores are real numbers without bounds, higher for better images; the loss of the paper makes a difference of
     scores the log odds of a preference. Part: sigma, the deviation that the head gives, positive. Words are not read:
     an image's `words` and `regions` are empty.
 
     As in the authors' program, all tokens, the image's too, stand at the positions 0, 1, 2, ... on Qwen2-VL's three
-    axes, and pictures are brought to about 448 x 448 pixels, enlarged if need be. In bfloat16 the model takes about
+    axes, and images are brought to about 448 x 448 pixels, enlarged if need be. In bfloat16 the model takes about
     16 GB; the head computes in float32.
 
     Args:
@@ -143,7 +143,7 @@ def read_out(hps: HPSv3, images: NDArray[np.uint8], prompts: Sequence[str]) -> N
     import torch
 
     height, width = target_size(*images.shape[1:3])
-    resized = [image.resize((width, height), Image.Resampling.BICUBIC) for image in hub.pictures(images)]
+    resized = [image.resize((width, height), Image.Resampling.BICUBIC) for image in hub.pil_images(images)]
     pixels = hps.image_processor(images=resized, do_resize=False, return_tensors="pt")
     cells = height * width // CELL**2
     texts = [BEFORE_IMAGE + IMAGE_TOKEN * cells + AFTER_IMAGE.replace("{prompt}", prompt) for prompt in prompts]

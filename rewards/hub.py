@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rewards.base import HasWords, Reward, check_count
+from rewards.old_names import keep_old_names
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FILES = "config.json, the weights, the tokenizer's files and preprocessor_config.json"
@@ -78,7 +79,7 @@ def prompts_of(scenes: Sequence[HasWords]) -> list[str]:
     return [scene.prompt for scene in scenes]  # type: ignore[attr-defined]
 
 
-def pictures(images: NDArray[np.uint8]) -> list[Image.Image]:
+def pil_images(images: NDArray[np.uint8]) -> list[Image.Image]:
     """The (B, H, W, 3) images one by one, in the form that says which axis is which."""
     return [Image.fromarray(image) for image in images]
 
@@ -156,3 +157,6 @@ def check_whole(kind: str, name: str, missing: Collection[str]) -> None:
         raise OSError(
             f"{name!r} is not a whole {kind} checkpoint: it lacks {len(missing)} weights, such as {min(missing)}"
         )
+
+
+keep_old_names(globals(), pictures="pil_images")

@@ -1,7 +1,7 @@
 """The OCR reward of *VAR RL Done Right* (arXiv 2601.02256), section 4.2.1, eqs. 11-15.
 
-`score_text` is the formula; `OCRReward` applies it to images. `TextReward` is what rewards that read images share.
-The functions below them are in `text_metrics`.
+`score_text` is the formula, and `OCRReward` applies it to images. `TextReward` is the base of rewards that read images.
+The string metrics are in `text_metrics`.
 """
 
 from abc import abstractmethod
@@ -96,8 +96,8 @@ class TextReward(Reward):
     Its parts are the `terms`, and three for monitoring: word_accuracy, ned and nothing_read (1 when OCR read no word,
     else 0).
 
-    The models load on the first call and are shared by all rewards with the same engine settings, so that
-    copies, pickles and many environments load them once a process.
+    The models load on the first call. All rewards with the same engine settings share them, so copies, pickles and
+    many environments load them once in each process.
 
     Args:
         engine: the name of an OCR engine, or an object with its `read` (see `ocr_engines.Engine`).

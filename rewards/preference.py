@@ -1,4 +1,4 @@
-"""PickScore (Kirstain et al., *Pick-a-Pic*, arXiv 2305.01569): which picture people would pick, for a CLIP model."""
+"""PickScore (Kirstain et al., *Pick-a-Pic*, arXiv 2305.01569): which image people would pick, for a CLIP model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PROCESSORS = {"yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b7
 class PreferenceReward(hub.ModelReward):
     """The score that Pick-a-Pic trains a CLIP model to give: ``exp(logit_scale) * cos(image, prompt)``.
 
-    Between two pictures of one prompt, the sigmoid of the difference is the probability that people prefer the first.
+    Between two images of one prompt, the sigmoid of the difference is the probability that people prefer the first.
     Scores lie in [-s, s] for the model's ``s = exp(logit_scale)``, which is 100 at most in CLIP's training; the public
-    checkpoint gives most pictures about 20. The prompt is cut at the text model's maximum length. Words are not read:
+    checkpoint gives most images about 20. The prompt is cut at the text model's maximum length. Words are not read:
     an image's `words` and `regions` are empty.
 
     Args:

@@ -1,4 +1,4 @@
-"""Small stand-ins for the shipped parts, for tests that are not about pictures that can be read."""
+"""Small stand-ins for the shipped parts, for tests that are not about images that can be read."""
 
 import os
 

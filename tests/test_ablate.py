@@ -108,8 +108,8 @@ class TestRuns:
 
     def test_figures(self, ablated):
         for name in ("m.png", "mp.png", "tokens_per_step.png"):
-            picture = np.asarray(Image.open(ablated[0] / name).convert("L"))
-            assert picture.std() > 10
+            image = np.asarray(Image.open(ablated[0] / name).convert("L"))
+            assert image.std() > 10
         assert not (ablated[0] / "k.png").exists()
 
     def test_a_cell_is_trained_once(self, ablated, weights, module, capsys):

@@ -18,7 +18,7 @@ def test_numbers(weights, tmp_path):
     assert all(value > 0 for value in values.values())
     assert sum(value for name, value in values.items() if name.startswith("share of ")) == pytest.approx(100)
     assert values["environment's own share of a rollout"] < 50
-    assert values["OCR, pictures with the same text"] == 100
+    assert values["OCR, images with the same text"] == 100
     assert {line["name"] for line in written["measured"] if line["met"] is not None} == {
         "environment's own share of a rollout",
         "OCR ms/image",

@@ -424,10 +424,10 @@ def test_sb3_log_probabilities_are_sums_over_tokens_and_bits(parts):
 # The scripts ----------------------------------------------------------------------------------------------------------
 
 
-def test_pretraining_and_a_picture(tmp_path, monkeypatch, capsys):
+def test_pretraining_and_an_image(tmp_path, monkeypatch, capsys):
     from agents.experiments import play, pretrain
 
-    small = ["--batch", "4", "--log-every", "3", "--picture-every", "100", "--device", "cpu"]
+    small = ["--batch", "4", "--log-every", "3", "--image-every", "100", "--device", "cpu"]
     small += ["--tokenizer-steps", "6", "--policy-steps", "3", "--width", "32", "--layers", "1", "--heads", "2"]
 
     def run(stage, *options):

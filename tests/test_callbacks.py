@@ -146,7 +146,7 @@ class TestHeldOutEval:
 
 
 class FixedReward(Reward):
-    """The same for all pictures."""
+    """The same for all images."""
 
     name = "fixed"
 

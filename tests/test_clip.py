@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Pictures of the world and their scenes."""
+    """Images of the world and their scenes."""
     world, rng = World(), np.random.default_rng(0)
     scenes = [world.sample(rng) for _ in range(9)]
     return np.stack([render(scene) for scene in scenes]), scenes
@@ -43,8 +43,8 @@ def naive(folder, image, prompt):
     pixels = processor.image_processor(Image.fromarray(image), return_tensors="pt").pixel_values
     with torch.no_grad():
         text = model.text_projection(model.text_model(torch.tensor([tokens])).pooler_output)[0]
-        picture = model.visual_projection(model.vision_model(pixels).pooler_output)[0]
-    return 2.5 * max(float(text @ picture / (text.norm() * picture.norm())), 0.0)
+        seen = model.visual_projection(model.vision_model(pixels).pooler_output)[0]
+    return 2.5 * max(float(text @ seen / (text.norm() * seen.norm())), 0.0)
 
 
 def test_equals_one_image_at_a_time(checkpoint, batch):

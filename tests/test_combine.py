@@ -36,7 +36,7 @@ class Says(Reward):
 
 
 class Brightness(Reward):
-    """The brightness of a picture, reading nothing."""
+    """The brightness of an image, reading nothing."""
 
     name = "brightness"
 
@@ -46,7 +46,7 @@ class Brightness(Reward):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Pictures of the world and their scenes; the last picture is empty."""
+    """Images of the world and their scenes; the last image is empty."""
     world, rng = World(), np.random.default_rng(0)
     scenes = [world.sample(rng) for _ in range(4)]
     images = np.stack([render(scene) for scene in scenes])

@@ -176,7 +176,7 @@ class TestQuestions:
     def test_measurements_of_another_reward(self, weights, tmp_path, monkeypatch):  # noqa: F811
         script = import_module("suffix_samples")
         monkeypatch.setattr(script, "measure", lambda *_: [])
-        args = Namespace(pictures=64, batches=1)
+        args = Namespace(batch_images=64, batches=1)
         made = comparison(weights, "--reward", "ocr_edit", "--out", tmp_path)
         assert script.measured(made, args, [0]) == script.measured(made, args, [0]) == []
         with pytest.raises(ValueError, match=r"k1-seed0\.json holds a run with reward=ocr_edit, and now it is ocr"):

@@ -299,7 +299,7 @@ class TestProbe:
         assert set(logged) == {f"conflict/{kind}_{name}" for kind in ("grad_norm", "kl_grad_norm") for name in SCALES}
         assert set(logged.values()) == {0.0}
 
-    def test_picture_in_tensorboard(self, parts, tmp_path):
+    def test_image_in_tensorboard(self, parts, tmp_path):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         agent, probe = tiny_agent(parts, tensorboard_log=str(tmp_path)), ConflictProbe(every=2)
@@ -309,9 +309,9 @@ class TestProbe:
         found = events.Images("conflict/cosine")
         assert [event.step for event in found] == [8, 16]  # images
         assert len(events.Scalars("conflict/cosine_mean")) == 2
-        picture = np.asarray(Image.open(io.BytesIO(found[0].encoded_image_string)))
+        image = np.asarray(Image.open(io.BytesIO(found[0].encoded_image_string)))
         expected = heat_map(probe.history[0], agent.policy.schedule)
-        assert np.array_equal(picture, expected)
+        assert np.array_equal(image, expected)
 
     @pytest.mark.parametrize(("options", "name"), [({"every": 0}, "every"), ({"prompts": 1}, "prompts")])
     def test_bad_options(self, options, name):
@@ -322,8 +322,8 @@ class TestProbe:
 def test_heat_map_shows_signs_and_gaps(schedule):
     table = torch.tensor([[1.0, -1.0, math.nan], [-1.0, 1.0, 0.0], [math.nan, 0.0, 1.0]])
     zeros = torch.zeros(T)
-    picture = heat_map(Conflict(3, table, zeros, zeros, torch.tensor([1.0, 0.0, math.nan])), schedule)
-    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
-    colours, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
+    image = heat_map(Conflict(3, table, zeros, zeros, torch.tensor([1.0, 0.0, math.nan])), schedule)
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+    colours, counts = np.unique(image.reshape(-1, 3), axis=0, return_counts=True)
     common = {tuple(colour) for colour in colours[np.argsort(counts)[-4:]].tolist()}
     assert any(r > 2 * b for r, _, b in common) and any(b > 2 * r for r, _, b in common)  # -1 is red and 1 is blue

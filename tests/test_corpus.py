@@ -11,7 +11,7 @@ from var_env.scenes import TARGET_REGIONS, World
 def corpus(counts, seed=0):
     """Prompts, all different, in mixed order: ``counts[c]`` of them with c regions."""
     texts = {c: " and ".join(f'"T{k}"' for k in range(c)) for c in counts}
-    prompts = [f"picture {i} of {texts[c]}" for c, n in counts.items() for i in range(n)]
+    prompts = [f"image {i} of {texts[c]}" for c, n in counts.items() for i in range(n)]
     return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
 
 

@@ -153,7 +153,7 @@ def test_the_split_and_the_profile_reach_the_world(parts):
     assert env.world.split == "test"
 
 
-def test_the_default_environment_scores_a_true_picture_near_the_top():
+def test_the_default_environment_scores_a_true_image_near_the_top():
     env = gym.make("VARText-v0", split="val")
     scores = []
     for seed in range(4):
@@ -272,7 +272,7 @@ def test_a_clone_of_another_schedule_is_refused(env, reward):
         env.restore_state(other.clone_state())
 
 
-def test_rgb_frames_show_the_picture_and_the_grids(parts):
+def test_rgb_frames_show_the_image_and_the_grids(parts):
     env = VARTextEnv(render_mode="rgb_array", **parts)
     with pytest.raises(ResetNeeded):
         env.render()

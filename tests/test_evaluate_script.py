@@ -59,7 +59,7 @@ def test_with_clip(script, options, tmp_path, capsys):
     policy = measuring.load_policy(script.parse(options))
     drawn = measuring.evaluate(
         policy, measuring.make_env(policy), 24, batch_size=measuring.BATCH
-    )  # the same pictures again
+    )  # the same images again
     scores = CLIPScore(tmp_path / "clip", "cpu")(drawn.images, drawn.scenes).scores
     np.testing.assert_allclose(evaluation["prompts"]["clip"], scores, atol=1e-5)
     assert len(set(evaluation["prompts"]["clip"])) > 1

@@ -71,11 +71,11 @@ class TestEvaluate:
         assert all(split_of(word) == "test" for scene in scenes for word in scene.words)
         assert all(len(scene.words) == 2 for scene in scenes)
 
-    def test_best_of_keeps_the_picture_with_the_highest_reward(self, policy, parts):
+    def test_best_of_keeps_the_image_with_the_highest_reward(self, policy, parts):
         scenes = held_out_scenes(World(), 3)
         reward = Shades()
         result = evaluate(policy, parts | {"reward": reward}, scenes, seed=2, batch_size=7, best_of=3)
-        assert reward.batches == [6, 3]  # two prompts at a time, so that no more than 7 pictures are drawn at once
+        assert reward.batches == [6, 3]  # two prompts at a time, so that no more than 7 images are drawn at once
         generator = torch.Generator().manual_seed(2)
         for start in (0, 2):
             envs = tiny_envs(parts | {"reward": reward}, len(scenes[start : start + 2]))
@@ -134,8 +134,8 @@ class TestBootstrap:
             bootstrap_interval([1.0], level=95)
 
 
-class TestPictures:
-    def test_sheet_shows_every_picture_and_its_caption(self):
+class TestImages:
+    def test_sheet_shows_every_image_and_its_caption(self):
         images = np.stack([np.full((64, 64, 3), shade, np.uint8) for shade in (0, 90, 180)])
         sheet = sample_sheet(images, [caption(["RUN"], ["RUM"], 0.5), "", "a caption that is too long" * 9], columns=2)
         assert sheet.dtype == np.uint8 and sheet.shape[2] == 3
@@ -152,7 +152,7 @@ class TestPictures:
         assert caption(["KITE"], [], -0.6) == "KITE\n-> (nothing)  -0.60"
 
     def test_captions_must_match(self):
-        with pytest.raises(ValueError, match="one caption a picture"):
+        with pytest.raises(ValueError, match="one caption an image"):
             sample_sheet(np.zeros((2, 8, 8, 3), np.uint8), ["a"])
 
 

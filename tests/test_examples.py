@@ -185,7 +185,7 @@ class TestCompare:
             (agent, seed, True) for agent in RECIPES for seed in (0, 1)
         ]
         spent = {"grpo": {"tokens": 336, "updates": 4}, "vmr+panw+mp": {"tokens": 296, "updates": 2}}
-        for r in results["runs"]:  # 16 pictures: of 21 tokens; two prefix updates of 4 rows, 5 tokens and 2 x 16 each
+        for r in results["runs"]:  # 16 images: of 21 tokens; two prefix updates of 4 rows, 5 tokens and 2 x 16 each
             assert r["budget"] | {"seconds": 0} == {"images": 16, "seconds": 0} | spent[r["agent"]]
             assert list(r["diagnostics"]) == ["temperature_1_1x1", "temperature_2_2x2", "temperature_3_4x4"]
             assert ("alpha" in r["config"]) == ("split" in r["config"]) == (r["agent"] != "grpo")
@@ -233,7 +233,7 @@ class TestCompare:
             assert {"samples/images", "conflict/cosine"} <= set(tags["images"])
             assert "samples/read/text_summary" in tags["tensors"]
 
-    def test_pictures(self, compared):
+    def test_images(self, compared):
         sheet = Image.open(compared[0] / "before_after.png")
         strips = [
             Image.open(compared[0] / name / "samples.png") for name in ("base", "grpo/seed0", "vmr+panw+mp/seed0")
@@ -295,7 +295,7 @@ class TestCompare:
     def test_wrong_agents(self, options, message, weights, module, tmp_path):
         assert message in refused(module("compare").main, *weights, *COMPARE, *options, "--out", tmp_path)
 
-    def test_agents_that_learn_from_few_pictures_or_none(self, weights, tmp_path):
+    def test_agents_that_learn_from_few_images_or_none(self, weights, tmp_path):
         printed = run("compare", *weights, *COMPARE, "--agents", "best_of_n", "raft", "--n", 2, "--out", tmp_path)
         assert [row[1] for row in rows_of("\n" + printed + "\n", "")[1:4]] == ["base", "best_of_n", "raft"]
         runs = json.loads((tmp_path / "results.json").read_text())["runs"]
@@ -307,7 +307,7 @@ class TestCompare:
         assert module("compare").main([*options, '{"penalty_weight": 0.25}']) == 0
         run = json.loads((tmp_path / "results.json").read_text())["runs"][0]
         assert run["config"]["reward"] == "ocr" and run["config"]["reward_kwargs"] == {"penalty_weight": 0.25}
-        assert run["metrics"]["reward"][0] == -0.25  # nothing can be read in random pictures
+        assert run["metrics"]["reward"][0] == -0.25  # nothing can be read in random images
         assert "penalty_weight': 0.25" in refused(module("compare").main, *options, '{"penalty_weight": 0.5}')
 
     @pytest.mark.parametrize(
@@ -506,7 +506,7 @@ class TestEvaluate:
 
 
 class TestPlay:
-    def test_pictures_grow(self, weights, tmp_path):
+    def test_images_grow(self, weights, tmp_path):
         prompt = 'A navy sign that says "KITE" in yellow letters'
         files = ["--png", tmp_path / "a" / "p.png", "--gif", tmp_path / "p.gif"]
         printed = run("play", *weights, prompt, "--seed", 1, "--columns", 8, *files)
@@ -561,7 +561,7 @@ class TestSweep:
         assert module("sweep").main([*weights, *TINY[:4], "--prefix-share", "2"]) == 0
         rows = rows_of("\n" + capsys.readouterr().out + "\n", "")
         assert [row[:3] for row in rows[1:]] == [["1", "1", "4.8%"], ["2", "5", "23.8%"]]  # of 1 + 4 + 16 tokens
-        assert all(row[-1] == "no variance" for row in rows[1:])  # nothing can be read in random pictures
+        assert all(row[-1] == "no variance" for row in rows[1:])  # nothing can be read in random images
 
     def test_variance_components(self, module):
         rng = torch.Generator().manual_seed(0)

@@ -56,7 +56,7 @@ def test_equals_one_question_at_a_time(checkpoint, images):
     assert np.ptp(expected) > 0.1 and min(expected) >= 0 and max(expected) <= 1
 
 
-def test_the_picture_counts(checkpoint, images):
+def test_the_image_counts(checkpoint, images):
     scores = rewards.make("git", model=checkpoint, device="cpu")(images, [SCENES[3]] * 4).scores
     assert len(set(scores.tolist())) == 4
 

@@ -245,7 +245,7 @@ class TestLearning:
         assert sum(shares) == pytest.approx(1)
         assert row["budget/seconds"] == pytest.approx(agent.seconds, rel=1e-3)
 
-    def test_tensorboard_gets_scalars_pictures_and_text(self, parts, tmp_path):
+    def test_tensorboard_gets_scalars_images_and_text(self, parts, tmp_path):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         tiny_agent(parts, tensorboard_log=str(tmp_path), image_interval=2).learn(3 * STEPS_A_ROLLOUT)
@@ -257,7 +257,7 @@ class TestLearning:
 
 
 class Broken(Reward):
-    """Gives NaN for one picture of the second batch, past the checks of RewardOutput."""
+    """Gives NaN for one image of the second batch, past the checks of RewardOutput."""
 
     name = "broken"
 

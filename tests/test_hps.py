@@ -48,8 +48,8 @@ def naive(folders, image, prompt):
         for key in model.state_dict()
     }
     model.load_state_dict({names[key]: weight for key, weight in weights.items() if key in names})
-    picture = Image.fromarray(image).resize((448, 448), Image.Resampling.BICUBIC)
-    pixels = Qwen2VLImageProcessor.from_pretrained(base)(picture, return_tensors="pt")
+    resized = Image.fromarray(image).resize((448, 448), Image.Resampling.BICUBIC)
+    pixels = Qwen2VLImageProcessor.from_pretrained(base)(resized, return_tensors="pt")
     assert pixels.image_grid_thw.tolist() == [[1, 32, 32]]
     text = hps.BEFORE_IMAGE + "<|image_pad|>" * 256 + hps.AFTER_IMAGE.replace("{prompt}", prompt)
     ids = tokenizer(text, return_tensors="pt").input_ids

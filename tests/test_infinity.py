@@ -1,6 +1,6 @@
 """FoundationVision's Infinity: the contract on tiny models, the layout of the public files, and what is its own.
 
-That logits and pictures are those of the public code was checked against it, on random weights.
+That logits and images are those of the public code was checked against it, on random weights.
 """
 
 import functools

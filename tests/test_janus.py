@@ -39,7 +39,7 @@ EVERY = range(16)
 
 
 def save_tiny_janus(folder):
-    """Janus-Pro with 2 layers and 48 codes, for pictures of 16 pixels: 4 x 4 tokens of 4 pixels."""
+    """Janus-Pro with 2 layers and 48 codes, for images of 16 pixels: 4 x 4 tokens of 4 pixels."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator([TEMPLATE, *PROMPTS], vocab_size=300, show_progress=False)
     bpe.add_special_tokens(list(MARKS.values()))
@@ -161,7 +161,7 @@ def test_prompts_are_tokens_as_the_processor_makes_them(public, policy):
 
 
 @pytest.mark.parametrize("guidance", [1.5, 5.0])
-def test_greedy_pictures_are_those_of_transformers(public, policy, guidance):
+def test_greedy_images_are_those_of_transformers(public, policy, guidance):
     model, processor = public
     begin = processor.tokenizer.convert_tokens_to_ids("<begin_of_image>")
     model.generation_config.generation_kwargs = {"boi_token_id": begin}
@@ -189,7 +189,7 @@ def test_encode_finds_the_nearest_direction(shared):
     torch.testing.assert_close(tokenizer.codebook.norm(dim=1), torch.ones(48))
 
 
-def test_decoding_many_pictures_is_decoding_each(shared):
+def test_decoding_many_images_is_decoding_each(shared):
     tokenizer = shared.tokenizer
     canvas = torch.randn(20, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     each = torch.cat([tokenizer.decode(row[None]) for row in canvas])

@@ -16,7 +16,7 @@ from var_env import VARTextVectorEnv
 IMAGES = 1280  # the budget
 PROMPTS = 16  # fresh ones, from the test split
 OPTIONS = {
-    "n": 1024,  # best of n: as many as there are pictures, since its policy stays uniform
+    "n": 1024,  # best of n: as many as there are images, since its policy stays uniform
     "prefix_updates": 1,  # one prefix token, four suffix tokens
     "suffix_updates": 3,
 }
@@ -37,7 +37,7 @@ def reward_of(policy, envs, **options):
     return evaluate(policy, envs, PROMPTS, seed=1, **options).scores.mean()
 
 
-def test_the_reward_reads_the_tokens_from_the_picture(envs):
+def test_the_reward_reads_the_tokens_from_the_image(envs):
     noise = torch.Generator().manual_seed(0)
     grids = [torch.randint(CODES, (8, size, 1), generator=noise) for size in envs.schedule.sizes]
     canvas = envs.tokenizer.blank(8)
@@ -52,7 +52,7 @@ def test_the_reward_reads_the_tokens_from_the_picture(envs):
     np.testing.assert_allclose(envs.reward(images, scenes).scores, right, atol=1e-6)
 
 
-def test_the_best_picture_scores_the_optimum(envs):
+def test_the_best_image_scores_the_optimum(envs):
     envs.reset(seed=0)
     for grid in TARGET:
         _, rewards, *_ = envs.step(np.array([grid] * 2))

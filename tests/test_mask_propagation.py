@@ -70,7 +70,7 @@ def naive_propagation(finest, schedule):
     return masks
 
 
-def picture(mask):
+def image(mask):
     return ["".join(".#"[int(cell)] for cell in row) for row in mask]
 
 
@@ -85,13 +85,13 @@ class TestBoxesToMask:
             torch.testing.assert_close(mask, naive_mask(boxes, schedule, **options))
 
     def test_a_box_on_cell_borders_covers_these_cells_alone(self):
-        assert picture(boxes_to_mask([(4, 8, 12, 12)], THREE_TO_FOUR)) == ["....", "....", ".##.", "...."]
-        assert picture(boxes_to_mask([(3.9, 8, 12.1, 12)], THREE_TO_FOUR)) == ["....", "....", "####", "...."]
+        assert image(boxes_to_mask([(4, 8, 12, 12)], THREE_TO_FOUR)) == ["....", "....", ".##.", "...."]
+        assert image(boxes_to_mask([(3.9, 8, 12.1, 12)], THREE_TO_FOUR)) == ["....", "....", "####", "...."]
 
-    def test_a_box_on_the_pictures_border_and_one_sticking_out(self):
+    def test_a_box_on_the_images_border_and_one_sticking_out(self):
         expected = ["...#", "....", "....", "#..."]
-        assert picture(boxes_to_mask([(12, 0, 16, 4), (0, 12, 4, 16)], THREE_TO_FOUR)) == expected
-        assert picture(boxes_to_mask([(13, -9, 99, 1), (-5, 14, 0.5, 16.5)], THREE_TO_FOUR)) == expected
+        assert image(boxes_to_mask([(12, 0, 16, 4), (0, 12, 4, 16)], THREE_TO_FOUR)) == expected
+        assert image(boxes_to_mask([(13, -9, 99, 1), (-5, 14, 0.5, 16.5)], THREE_TO_FOUR)) == expected
 
     @pytest.mark.parametrize("soft", [False, True])
     @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ class TestBoxesToMask:
         mask = boxes_to_mask(boxes, THREE_TO_FOUR, soft)
         assert mask.shape == (4, 4) and (mask == 1).all()
 
-    def test_one_box_in_the_picture_is_enough(self):
+    def test_one_box_in_the_image_is_enough(self):
         boxes = [(0, 0, 1, 1), (3, 3, 3, 9), (30, 30, 40, 40)]
-        assert picture(boxes_to_mask(boxes, THREE_TO_FOUR)) == ["#...", "....", "....", "...."]
+        assert image(boxes_to_mask(boxes, THREE_TO_FOUR)) == ["#...", "....", "....", "...."]
 
     def test_soft_is_the_covered_share_and_counts_a_pixel_once(self):
         boxes = [(0, 0, 2, 4), (1, 0, 3, 4), (4, 4, 8, 8)]
@@ -127,8 +127,8 @@ class TestBoxesToMask:
 
     def test_dilation_grows_on_every_side(self):
         box = (5, 5, 7, 7)
-        assert picture(boxes_to_mask([box], THREE_TO_FOUR, dilation=1)) == ["....", ".#..", "....", "...."]
-        assert picture(boxes_to_mask([box], THREE_TO_FOUR, dilation=2)) == ["###.", "###.", "###.", "...."]
+        assert image(boxes_to_mask([box], THREE_TO_FOUR, dilation=1)) == ["....", ".#..", "....", "...."]
+        assert image(boxes_to_mask([box], THREE_TO_FOUR, dilation=2)) == ["###.", "###.", "###.", "...."]
         assert boxes_to_mask([box], THREE_TO_FOUR, soft=True, dilation=1)[1, 1] == 1
 
 
@@ -146,7 +146,7 @@ class TestPropagateMask:
     def test_three_to_four(self):
         finest = torch.zeros(3, 4, 4, dtype=torch.bool)
         finest[0, 0, 0] = finest[1, 1, 2] = finest[2, 3, 1] = True
-        masks = [picture(mask) for mask in propagate_mask(finest, THREE_TO_FOUR)[0]]
+        masks = [image(mask) for mask in propagate_mask(finest, THREE_TO_FOUR)[0]]
         # A corner cell lies in one coarser cell; an inner one, such as 1/4 to 2/4, in 0 to 1/3 and in 1/3 to 2/3.
         assert masks == [["#..", "...", "..."], [".##", ".##", "..."], ["...", "...", "##."]]
 
@@ -178,7 +178,7 @@ class TestPropagateMask:
 
 
 def boxed(rollout, seed=0):
-    """The rollout with other regions: some pictures show text at a random place, and in every fifth nothing is read."""
+    """The rollout with other regions: some images show text at a random place, and in every fifth nothing is read."""
     rng = np.random.default_rng(seed)
     corners = rng.uniform(0, 48, (len(rollout.images), 2)).astype(np.float32)
     rollout.regions = [np.zeros((0, 4)) if i % 5 == 3 else np.array([[*c, *(c + 9)]]) for i, c in enumerate(corners)]
@@ -202,7 +202,7 @@ class TestWeights:
         assert (after.policy[3] == before.policy[3]).all()  # nothing was read
         assert after.policy.sum() < before.policy.sum()
 
-    def test_union_over_the_pictures_of_a_row(self, parts):
+    def test_union_over_the_images_of_a_row(self, parts):
         agent = MaskPropagation(tiny_agent(parts, VMR, split=2, suffix_samples=3))
         rollout = boxed(agent.sample())
         assert rollout.suffixes == 3 and len(rollout.scenes) == 8 and len(rollout.grids) == 2
@@ -218,7 +218,7 @@ class TestWeights:
 
     @pytest.mark.parametrize("soft", [False, True])
     @pytest.mark.parametrize("combine", ["intersection", "mean"])
-    def test_other_combinations_of_the_pictures_of_a_row(self, parts, combine, soft):
+    def test_other_combinations_of_the_images_of_a_row(self, parts, combine, soft):
         agent = MaskPropagation(tiny_agent(parts, VMR, split=2, suffix_samples=3), suffix_masks=combine, soft=soft)
         rollout, schedule = boxed(agent.sample()), agent.policy.schedule
         finest = torch.stack([naive_mask(boxes, schedule, soft) for boxes in rollout.regions])
@@ -232,7 +232,7 @@ class TestWeights:
         torch.testing.assert_close(weights.policy, bare.policy * flat(masks[:2]))
         assert torch.equal(weights.kl, bare.kl)
 
-    def test_combinations_are_in_order_and_agree_for_one_picture(self, parts):
+    def test_combinations_are_in_order_and_agree_for_one_image(self, parts):
         names, found = ("intersection", "mean", "union"), {}
         for k in (1, 3):
             for name in names:
@@ -246,7 +246,7 @@ class TestWeights:
     def test_a_raster_token_has_the_mask_of_its_own_cell(self):
         schedule = ScaleSchedule.raster((4, 3), patch=8)
         finest = boxes_to_mask([(9, 8, 24, 17)], schedule)
-        assert picture(finest) == ["...", ".##", ".##", "..."]
+        assert image(finest) == ["...", ".##", ".##", "..."]
         masks = propagate_mask(finest[None], schedule)
         assert [tuple(mask.shape) for mask in masks] == [(1, 1, 1)] * 12
         assert torch.equal(flat(masks)[0], finest.flatten())
@@ -364,7 +364,7 @@ class TestLogs:
         agent.learn(1)
         assert sorted(mask_columns(tmp_path)) == ["mask/kept_1_1x1", "mask/kept_2_2x2"]
 
-    def test_tensorboard_gets_a_picture_at_the_interval(self, parts, tmp_path):
+    def test_tensorboard_gets_an_image_at_the_interval(self, parts, tmp_path):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         agent = MaskPropagation(tiny_agent(parts, tensorboard_log=str(tmp_path), image_interval=2))
@@ -372,18 +372,18 @@ class TestLogs:
         (folder,) = tmp_path.iterdir()
         events = EventAccumulator(str(folder))
         events.Reload()
-        pictures = events.Images("mask/propagated")
-        assert [event.step for event in pictures] == [8, 24]  # images
-        assert (pictures[0].width, pictures[0].height) == (4 * (192 + 4), 4 * (192 + 34))  # a sample and T masks
+        images = events.Images("mask/propagated")
+        assert [event.step for event in images] == [8, 24]  # images
+        assert (images[0].width, images[0].height) == (4 * (192 + 4), 4 * (192 + 34))  # a sample and T masks
 
-    def test_a_row_of_the_picture_shows_all_its_suffixes(self, parts):
+    def test_a_row_of_the_image_shows_all_its_suffixes(self, parts):
         agent = MaskPropagation(tiny_agent(parts, VMR, split=2, suffix_samples=3))
         rollout = boxed(agent.sample())
         sheet = agent.sheet(rollout, agent.masks(rollout), [1, 6])
         assert sheet.shape == (2 * (192 + 34), (3 + 3) * (192 + 4), 3)
 
     @pytest.mark.parametrize("cls", [GRPO, VMR])
-    def test_no_picture_is_drawn_in_vain(self, parts, tmp_path, cls):
+    def test_no_image_is_drawn_in_vain(self, parts, tmp_path, cls):
         options = {"split": 2} if cls is VMR else {}
         silent = MaskPropagation(tiny_agent(parts, cls, tensorboard_log=str(tmp_path), image_interval=0, **options))
         unseen = MaskPropagation(tiny_agent(parts, cls, image_interval=1, **options))

@@ -161,7 +161,7 @@ class TestAgent:
             agent.save(tmp_path / "agent.zip")
             agent = load(tmp_path / "agent.zip", agent.env, device="cpu")
             assert agent.logit_chunk == 4 and agent.recompute
-        assert len(rows) >= 4 and set(rows) == {8 * 4}, "8 pictures, and the head's 32 weights a code"
+        assert len(rows) >= 4 and set(rows) == {8 * 4}, "8 images, and the head's 32 weights a code"
 
     @pytest.mark.parametrize("chunk", [0, -1, 2.5])
     def test_bad_sizes(self, parts, chunk):

@@ -327,9 +327,9 @@ class TestAdvantageScales:
 
 
 class Picky(Reward):
-    """The brightness of a picture, but the same for all of a prompt unless ``useful(i)``, i counting new prompts.
+    """The brightness of an image, but the same for all of a prompt unless ``useful(i)``, i counting new prompts.
 
-    Says its own score in the words, the regions and the parts, so that they can be checked against the pictures.
+    Says its own score in the words, the regions and the parts, so that they can be checked against the images.
     """
 
     name = "picky"
@@ -351,7 +351,7 @@ def brightness(images):
 
 
 def assert_aligned(agent, rollout):
-    """Whatever a rollout says of its rows and pictures is of the same rows and pictures."""
+    """Whatever a rollout says of its rows and images is of the same rows and images."""
     p, g = rollout.scores.shape
     k = rollout.suffixes
     assert len(rollout.scenes) == p * g and len(rollout.images) == p * g * k == len(rollout.regions)

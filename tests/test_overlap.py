@@ -15,7 +15,7 @@ from rewards.serving.pool import RewardPool
 
 
 class Slow(Reward):
-    """The brightness, after a while; the first picture of a batch takes the longest, so that answers overtake."""
+    """The brightness, after a while; the first image of a batch takes the longest, so that answers overtake."""
 
     name = "slow"
 
@@ -34,7 +34,7 @@ def pooled(parts, workers=2, **options):
     return {**parts, "reward": RewardPool(Slow(), workers=workers, mode="thread", batch_size=2, **options)}
 
 
-def test_scores_are_those_of_the_pictures(parts):
+def test_scores_are_those_of_the_images(parts):
     agent = tiny_agent(pooled(parts), overlap=2, prompts_per_update=4)
     rollout = agent.sample()
     expected = rollout.images.mean((1, 2, 3)) / 255

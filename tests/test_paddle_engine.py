@@ -113,8 +113,8 @@ def test_without_paddleocr_the_error_says_what_to_install(monkeypatch):
 @needs_paddleocr
 def test_both_engines_read_the_same_words(engine, images):
     ours, theirs = texts(engine.read(images)), texts(get_engine("rapidocr").read(images))
-    # PaddleOCR's boxes may end at the picture's edge, RapidOCR's one pixel before it. Where a word reaches the edge,
-    # that changes the crop by a pixel, and with it the case of an X or a V in one of the 64 pictures.
+    # PaddleOCR's boxes may end at the image's edge, RapidOCR's one pixel before it. Where a word reaches the edge,
+    # that changes the crop by a pixel, and with it the case of an X or a V in one of the 64 images.
     assert sum(mine != other for mine, other in zip(ours, theirs, strict=True)) <= 1
     assert [[normalize(word) for word in words] for words in ours] == [
         [normalize(word) for word in words] for words in theirs

@@ -4,11 +4,11 @@ import pytest
 from agents.common.pictures import mask_sheet, sample_sheet
 
 RED, BLACK, WHITE = (255, 0, 0), (0, 0, 0), (255, 255, 255)
-SIZE, TILE_WIDTH, TILE_HEIGHT = 192, 196, 226  # px: 64-pixel pictures threefold, and with a gap and two lines of text
+SIZE, TILE_WIDTH, TILE_HEIGHT = 192, 196, 226  # px: 64-pixel images threefold, and with a gap and two lines of text
 
 
 def pixel(sheet, row, column, x, y):
-    """The colour at a place of a tile, in pixels of the picture."""
+    """The colour at a place of a tile, in pixels of the image."""
     return tuple(sheet[row * TILE_HEIGHT + y * 3 + 1, column * TILE_WIDTH + x * 3 + 1].tolist())
 
 
@@ -17,7 +17,7 @@ def images():
     return np.full((4, 64, 64, 3), 90, np.uint8) + np.arange(4, dtype=np.uint8)[:, None, None, None]
 
 
-def test_mask_sheet_puts_a_rows_pictures_beside_its_masks(images):
+def test_mask_sheet_puts_a_rows_images_beside_its_masks(images):
     boxes = [np.array([[8, 16, 40, 48]], np.float32), np.zeros((0, 4), np.float32), np.array([[0, 0, 64, 64]]), []]
     masks = [np.array([[[1.0]], [[0.5]]]), np.array([[[0.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]]])]
     sheet = mask_sheet(images, boxes, ["a\nb"] * 4, masks)
@@ -45,6 +45,6 @@ def test_mask_sheet_outlines_cells_and_draws_slivers(images):
     assert (sheet[:SIZE, SIZE - 1] == RED).all()
 
 
-def test_sample_sheet_wants_a_caption_a_picture(images):
+def test_sample_sheet_wants_a_caption_an_image(images):
     with pytest.raises(ValueError, match="4 and 3"):
         sample_sheet(images, ["a"] * 3)

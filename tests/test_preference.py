@@ -35,8 +35,8 @@ def naive(folder, image, prompt):
     pixels = processor(images=Image.fromarray(image), return_tensors="pt").pixel_values
     with torch.no_grad():
         words = model.text_projection(model.text_model(**text).pooler_output)[0]
-        picture = model.visual_projection(model.vision_model(pixels).pooler_output)[0]
-        return float(model.logit_scale.exp() * (words / words.norm()) @ (picture / picture.norm()))
+        seen = model.visual_projection(model.vision_model(pixels).pooler_output)[0]
+        return float(model.logit_scale.exp() * (words / words.norm()) @ (seen / seen.norm()))
 
 
 def test_equals_one_image_at_a_time(checkpoint, batch):

@@ -7,7 +7,7 @@ from test_examples import run
 from agents.policies.var_text import VARTextPolicy
 from var_env import Tokenizer
 
-SMALL = ["--batch", "4", "--log-every", "2", "--save-every", "2", "--picture-every", "4", "--device", "cpu"]
+SMALL = ["--batch", "4", "--log-every", "2", "--save-every", "2", "--image-every", "4", "--device", "cpu"]
 SMALL += ["--tokenizer-steps", "6", "--policy-steps", "4", "--width", "32", "--layers", "1", "--heads", "2"]
 
 

@@ -162,7 +162,7 @@ class TestWorldOfPrompts:
 
     def test_the_region_filter(self, tmp_path):
         def prompt(i, count):
-            return f"picture {i} " + " ".join(f'"T{k}"' for k in range(count))
+            return f"image {i} " + " ".join(f'"T{k}"' for k in range(count))
 
         counts = {1: 50, 2: 9, 3: 8, 4: 7, 5: 6, 7: 3}
         (tmp_path / "train.txt").write_text("\n".join(prompt(i, c) for c, n in counts.items() for i in range(n)))

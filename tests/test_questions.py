@@ -20,7 +20,7 @@ from var_env import ScaleSchedule, Tokenizer
 from var_env.tokenizers.raster import RasterTokenizer
 
 __all__ = ["weights"]  # a fixture
-MEASURE = ["--pictures", "16", "--batches", "2"]
+MEASURE = ["--batch-images", "16", "--batches", "2"]
 
 
 @pytest.fixture
@@ -162,13 +162,13 @@ class TestTree:
             (arm, seed) for arm in ("grpo", "tree") for seed in (0, 1)
         ]
         apart = results["arms"]["tree"]["reward"]["difference"]
-        assert list(apart["by_seed"]) == ["0", "1"] and apart["error"] == 0  # random pictures are all unreadable
+        assert list(apart["by_seed"]) == ["0", "1"] and apart["error"] == 0  # random images are all unreadable
         *_, last = rows_of("\n" + told.out.rpartition("| Arm")[1] + told.out.rpartition("| Arm")[2] + "\n\n", "")
         assert last[:2] == ["tree", "0, 1"] and last[-1] == "0.000"
 
 
 class Patches(Reward):
-    """Scores the brightness, and has looked at a place that depends on the picture; at none in every fifth."""
+    """Scores the brightness, and has looked at a place that depends on the image; at none in every fifth."""
 
     name = "patches"
 
@@ -185,7 +185,7 @@ class Patches(Reward):
 class TestSuffixSamples:
     @pytest.fixture
     def measuring(self, weights, script, tmp_path):
-        """The script, its options, and a comparison whose pictures can be told apart."""
+        """The script, its options, and a comparison whose images can be told apart."""
         module = script("suffix_samples")
         options = [*weights, *COMPARE, *MEASURE, "--seeds", "0", "--out", str(tmp_path)]
         args = module.parse("", "samples", options, ["vmr+panw+mp"], module.add_options)
@@ -312,7 +312,7 @@ class TestRaster:
         ("split", ["--alpha", "0.5"], "no arm has the option --alpha: leave it out"),
         ("tree", ["--images", "0"], "--images must be at least 1, got 0"),
         ("tree", ["--forks", "9"], "9"),
-        ("suffix_samples", ["--pictures", "4"], "--pictures must be a multiple of 8, at least 16, got 4"),
+        ("suffix_samples", ["--batch-images", "4"], "--batch-images must be a multiple of 8, at least 16, got 4"),
         ("suffix_samples", ["--batches", "0"], "--batches must be at least 1, got 0"),
         ("suffix_samples", ["--suffix-samples", "3"], "--suffix-samples is what is compared here"),
     ],

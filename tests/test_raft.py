@@ -13,7 +13,7 @@ EVERYTHING = range(3)
 
 
 class Quadrants(Reward):
-    """Scores brightness; finds the text in another quadrant of every picture."""
+    """Scores brightness; finds the text in another quadrant of every image."""
 
     name = "quadrants"
 
@@ -128,7 +128,7 @@ class TestUpdate:
         epochs = options.get("epochs", 1)
         assert sum(rows) == 2 * (epochs + (epochs > 1))  # P * keep, and once more for the old log-probabilities
 
-    def test_without_a_best_picture_only_the_kl_is_learned(self, parts):
+    def test_without_a_best_image_only_the_kl_is_learned(self, parts):
         equal = [[0.5] * 4, [0.7] * 4]
         agent = tiny_agent(parts, RAFT, kl_coef=0.3)
         nudge(agent)

@@ -25,7 +25,7 @@ class TestContract(TokenizerContract):
         return raster_tokenizer()
 
 
-def test_a_picture_is_that_of_the_tokenizer_inside():
+def test_an_image_is_that_of_the_tokenizer_inside():
     tokenizer = raster_tokenizer()
     images = torch.randint(256, (2, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     (whole,) = tokenizer.grid.encode(images)

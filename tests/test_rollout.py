@@ -80,7 +80,7 @@ class TestForkAt:
     def tree(self, policy, parts):
         return collect(policy, tiny_envs(parts), 3, Decoding(), seeded(), fork_at=(1, 2), seed=7)
 
-    def test_pictures_of_a_prefix_share_it_and_differ_later(self, tree):
+    def test_images_of_a_prefix_share_it_and_differ_later(self, tree):
         assert tree.scores.shape == (2, 6) and [len(grid) for grid in tree.grids] == [12] * 3
         first, second = tree.grids[0].unflatten(0, (6, 2)).unbind(1)
         assert torch.equal(first, second)
@@ -128,7 +128,7 @@ class TestForkAt:
         assert rows.images is tree.images and rows.summary()["reward"] == pytest.approx(tree.scores.mean().item())
 
     @pytest.mark.parametrize("index", [[[4, 1], [0, 5]], [[2]], [[], []]], ids=str)
-    def test_rows_take_their_pictures_with_them(self, policy, tree, index):
+    def test_rows_take_their_images_with_them(self, policy, tree, index):
         merged = replace(tree.merge(policy, 2, 1, lambda returns: returns.sum(-1)), advantages=torch.arange(6.0))
         some = merged.rows(policy, torch.tensor(index, dtype=torch.int64))
         assert some.scores.shape == np.shape(index) and some.returns.shape == (*np.shape(index), 2)
@@ -171,7 +171,7 @@ class TestCollect:
         assert rollout.suffixes == 1 and torch.equal(rollout.returns[..., 0], rollout.scores)
         brightness = rollout.images.mean((1, 2, 3)) / 255
         np.testing.assert_allclose(rollout.scores.flatten(), brightness, atol=1e-6)
-        assert len(np.unique(rollout.images, axis=0)) > 4  # a group is not one picture many times
+        assert len(np.unique(rollout.images, axis=0)) > 4  # a group is not one image many times
 
     def test_repeats_with_its_seeds_and_takes_scenes(self, policy, parts):
         first = collect(policy, tiny_envs(parts), 3, Decoding(), seeded(), seed=1)

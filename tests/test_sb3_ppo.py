@@ -208,7 +208,7 @@ class TestScript:
         options = ["--reward", "brightness", "--images", "8", "--num-envs", "4", "--prompts", "3", "--no-progress"]
         assert main(["--policy", policy, *options, *weights]) == 0
         lines = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        assert [line[0].strip() for line in lines[2:]] == ["before", "after 8 pictures"]
+        assert [line[0].strip() for line in lines[2:]] == ["before", "after 8 images"]
         assert {len(line) for line in lines} == {3 if policy == "transformer" else 2}
         assert all(0 < float(cell.split("±")[0]) < 1 for line in lines[2:] for cell in line[1:])
 

@@ -18,7 +18,7 @@ SIZES = (1, 4, 9, 16, 36, 64)  # the shipped schedule
 
 
 class ThreeGrids(TokenTokenizer):
-    """`TokenTokenizer` for three grids, which fill all channels of the picture."""
+    """`TokenTokenizer` for three grids, which fill all channels of the image."""
 
     def __init__(self, schedule=ScaleSchedule([(1, 1), (2, 2), (4, 4)], patch=16), vocab_size=4):  # noqa: B008
         super().__init__(schedule, vocab_size)
@@ -255,8 +255,8 @@ class TestVMR:
         assert rows[0]["vmr/decided_m2"] == "" and float(rows[2]["vmr/decided_m1"]) == 1
         assert float(rows[2]["vmr/worth_m1"]) > float(rows[2]["vmr/worth_m2"]) > 0
 
-    def test_a_run_spends_its_pictures(self):
-        agent = auto(world(2))  # ends at the later split, whose pictures take fewer steps
+    def test_a_run_spends_its_images(self):
+        agent = auto(world(2))  # ends at the later split, whose images take fewer steps
         agent.learn(agent.timesteps(400), StopAfter(images=400))
         assert 400 <= agent.images_decoded < 400 + 32
 

@@ -242,7 +242,7 @@ class TestSimilarityWrappers:
         torch.testing.assert_close(agent.token_advantages(rollout, EVERYTHING), expected, atol=1e-6, rtol=1e-5)
 
     @pytest.mark.parametrize("on", ["codes", "canvas"])
-    def test_equal_pictures_of_opposite_advantage_teach_nothing(self, parts, on):
+    def test_equal_images_of_opposite_advantage_teach_nothing(self, parts, on):
         agent = SimilarityAdvantage(tiny_agent(parts), on=on)
         rollout = agent.sample()
         same = [draw.take(torch.zeros(8, dtype=torch.int64)) for draw in rollout.draws]
@@ -430,7 +430,7 @@ class TestTogether:
             assert math.isfinite(float(row[f"stage/{name}_1_1x1"]))
         assert float(row["stage/entropy_gap"]) >= 0
 
-    def test_rewards_the_pictures_that_are_bright(self, parts):
+    def test_rewards_the_images_that_are_bright(self, parts):
         agent = agents.make(
             "stage",
             tiny_envs(parts),

@@ -20,14 +20,14 @@ from var_env.tabular import (
     TableTokenizer,
     VARTabularEnv,
     VARTabularVectorEnv,
-    every_picture,
+    every_image,
     table_schedule,
 )
 
 
-def all_pictures(envs):
-    """Every picture drawn in one batch: its tokens, the rewards and the infos."""
-    flat = every_picture(envs.schedule, envs.tokenizer.vocab_size)
+def all_images(envs):
+    """Every image drawn in one batch: its tokens, the rewards and the infos."""
+    flat = every_image(envs.schedule, envs.tokenizer.vocab_size)
     envs.reset(seed=0)
     for part in envs.schedule.slices:
         _, rewards, *_, info = envs.step(flat[:, part])
@@ -51,11 +51,11 @@ class TestEnvironment:
     @pytest.mark.parametrize(
         ("grids", "vocab_size"), [([[1, 1], [1, 2], [2, 2]], 2), ([[1, 1], [2, 2]], 3), ([[1, 1]], 5)]
     )
-    def test_every_picture_scores_as_its_table_says(self, reward, grids, vocab_size):
+    def test_every_image_scores_as_its_table_says(self, reward, grids, vocab_size):
         count = vocab_size ** sum(h * w for h, w in grids)
         options = {"grids": grids, "vocab_size": vocab_size, "reward": reward, "seed": 3}
         envs = gym.make_vec("VARTabular-v0", num_envs=count, **options).unwrapped
-        flat, rewards, info = all_pictures(envs)
+        flat, rewards, info = all_images(envs)
         assert len(np.unique(flat, axis=0)) == count == len(envs.reward.table)
         np.testing.assert_allclose(rewards, envs.reward.table, atol=1e-7)
         assert envs.reward.table.min() >= 0 and envs.reward.table.max() <= 1
@@ -91,7 +91,7 @@ class TestEnvironment:
             ({"vocab_size": 1}, "vocab_size must be 2 to 128"),
             ({"grids": [[1, 1], [1, 2]]}, "the last grid must be square"),
             ({"grids": [[2, 2], [3, 3]]}, "sides of the others divide"),
-            ({"grids": [[1, 1], [2, 2], [4, 4]]}, "2097152 pictures, more than the 65536"),
+            ({"grids": [[1, 1], [2, 2], [4, 4]]}, "2097152 images, more than the 65536"),
             ({"grids": []}, "at least one grid"),
         ],
     )
@@ -106,13 +106,13 @@ class TestEnvironment:
 
 
 class TestRewards:
-    """By naive loops over the tokens of every picture; two codes, 1x1, 1x2 and 2x2."""
+    """By naive loops over the tokens of every image; two codes, 1x1, 1x2 and 2x2."""
 
     def scores(self, name, seed=0):
         tokenizer = TableTokenizer.load()
-        return every_picture(tokenizer.schedule, 2), TableReward(tokenizer, name, seed).table
+        return every_image(tokenizer.schedule, 2), TableReward(tokenizer, name, seed).table
 
-    def test_smooth_is_additive_and_has_one_best_picture(self):
+    def test_smooth_is_additive_and_has_one_best_image(self):
         flat, table = self.scores("smooth")
         best = flat[table.argmax()]
         assert [(row == best).mean() for row in flat] == pytest.approx(table.tolist())
@@ -190,16 +190,16 @@ class TestTablePolicy(PolicyContract):
 
     def test_gradient_reaches_every_parameter(self):
         policy = self.make_policy()
-        flat = torch.from_numpy(every_picture(policy.schedule, 3))
+        flat = torch.from_numpy(every_image(policy.schedule, 3))
         grids = [flat[:, part, None] for part in policy.schedule.slices]
         logp, _ = policy.evaluate(policy.encode_prompts([""] * len(flat)), grids, range(2))
         (logp.sum(1).exp() * torch.arange(len(flat))[:, None]).sum().backward()
         assert all((table.grad != 0).all() for table in policy.tables)
 
     def test_sites_are_the_family_of_definition_2(self):
-        """Picture by picture against `evaluate`."""
+        """Image by image against `evaluate`."""
         policy = self.make_policy()
-        flat = torch.from_numpy(every_picture(policy.schedule, 3))
+        flat = torch.from_numpy(every_image(policy.schedule, 3))
         grids = [flat[:, part, None] for part in policy.schedule.slices]
         logp, _ = policy.evaluate(policy.encode_prompts([""] * len(flat)), grids, range(2))
         first, second = policy.sites()

@@ -10,14 +10,14 @@ import torch
 from agents import exact
 from agents.policies.table import TablePolicy
 from agents.vmr import middle_return
-from var_env.tabular import REWARDS, every_picture, tabular_parts
+from var_env.tabular import REWARDS, every_image, tabular_parts
 
 ETA = 0.25
 SIZES = (1, 2, 4)
 
 
 def world(reward, spread=1.0, seed=1):
-    """Returns of all pictures, and a reference policy of the family."""
+    """Returns of all images, and a reference policy of the family."""
     parts = tabular_parts(reward=reward, seed=seed)
     return torch.from_numpy(parts["reward"].table), TablePolicy(parts["tokenizer"], spread, seed).sites()
 
@@ -45,7 +45,7 @@ class TestObjective:
     def test_by_hand(self):
         returns, old = world("random")
         policy, expected = random_sites(5), 0.0
-        for number, tokens in enumerate(every_picture(tabular_parts()["tokenizer"].schedule, 2).tolist()):
+        for number, tokens in enumerate(every_image(tabular_parts()["tokenizer"].schedule, 2).tolist()):
             logp, old_logp, state = 0.0, 0.0, 0
             for t, part in enumerate((slice(0, 1), slice(1, 3), slice(3, 7))):
                 for i, token in enumerate(tokens[part]):

@@ -1,6 +1,6 @@
 """The agents against exact gradients and exact optima, in a world where both are known.
 
-Exact, because the rollout is the list of all pictures: `Exactly` counts each as often as the policy would draw it.
+Exact, because the rollout is the list of all images: `Exactly` counts each as often as the policy would draw it.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from agents.rollout import Rollout
 from agents.sampling import Draw
 from agents.vmr import middle_return
 from agents.wrapper import Wrapper
-from var_env.tabular import VARTabularVectorEnv, every_picture
+from var_env.tabular import VARTabularVectorEnv, every_image
 
 ETA = 0.25
 TOKENS = 7
@@ -33,10 +33,10 @@ class Exactly(Wrapper):
         return type(weights)(*(part * (len(rows) * p)[:, None] for part in weights))
 
 
-def all_pictures(agent, groups=1):
-    """Every picture once, in order, as a rollout of so many groups."""
+def all_images(agent, groups=1):
+    """Every image once, in order, as a rollout of so many groups."""
     schedule, envs = agent.policy.schedule, agent.env
-    flat = torch.from_numpy(every_picture(schedule, 2))
+    flat = torch.from_numpy(every_image(schedule, 2))
     grids = [flat[:, part, None] for part in schedule.slices]
     nothing = [torch.zeros(grid.shape) for grid in grids]
     scores = torch.from_numpy(envs.reward.table).float().view(groups, -1)
@@ -105,16 +105,16 @@ class TestGradients:
     def test_of_j(self, recipe):
         """With ``kl_in="reward"``, "k1" and no division by a standard deviation. RLOO's is larger by G / (G - 1)."""
         agent = Exactly(an_agent(recipe))
-        found = flat_gradient(agent, all_pictures(agent))
+        found = flat_gradient(agent, all_images(agent))
         expected = -exact_gradient(agent, objective(agent)) / TOKENS
         close(found, expected * (128 / 127 if recipe == "rloo" else 1))
         assert expected.norm() > 1e-2
 
     def test_grpo_divides_it_by_the_spread(self):
-        """For one group of all pictures equally likely; the direction is that of J."""
+        """For one group of all images equally likely; the direction is that of J."""
         policy = TablePolicy(VARTabularVectorEnv(1).tokenizer).sites()
         agent = an_agent("grpo", policy=policy)
-        found = flat_gradient(agent, all_pictures(agent))
+        found = flat_gradient(agent, all_images(agent))
         expected = -exact_gradient(agent, objective(agent))
         assert torch.cosine_similarity(found, expected, 0) > 1 - 1e-6
         assert found.norm() * TOKENS > 1.5 * expected.norm()
@@ -124,7 +124,7 @@ class TestGradients:
         """The reverse KL at each state as it is visited, and with k3 the forward KL: not what J asks for, which also
         charges a token for the KL of the states that it leads to."""
         agent = Exactly(an_agent("dr_grpo", kl=kl, kl_in="loss"))
-        found = flat_gradient(agent, all_pictures(agent))
+        found = flat_gradient(agent, all_images(agent))
         returns, old = torch.from_numpy(agent.env.reward.table), exact.joint(agent.reference.sites())
 
         def loss(sites):
@@ -142,14 +142,14 @@ class TestGradients:
 
     def test_panw_weighs_the_grids(self):
         agent = Exactly(an_agent("dr_grpo+panw", alpha=1.0))
-        found = flat_gradient(agent, all_pictures(agent)).split([2, 8, 64])
+        found = flat_gradient(agent, all_images(agent)).split([2, 8, 64])
         expected = (-exact_gradient(agent, objective(agent)) / TOKENS).split([2, 8, 64])
         for part, mine, n in zip(expected, found, (1, 2, 4), strict=True):
             close(mine, part * TOKENS / (3 * n))  # every grid weighs a third
 
     def test_mp_leaves_alone_what_cannot_change_the_score(self):
         agent = Exactly(an_agent("dr_grpo+mp", reward="xor"))
-        rollout = all_pictures(agent)
+        rollout = all_images(agent)
         rollout.regions = [agent.env.reward.boxes] * 128
         last = flat_gradient(agent, rollout)[10:].view(8, 4, 2)
         expected = (-exact_gradient(agent, objective(agent)) / TOKENS)[10:].view(8, 4, 2)
@@ -175,7 +175,7 @@ class TestVMRGradients:
 
     def test_the_prefix_follows_eq_5(self):
         agent = Exactly(self.agent())
-        rollout = all_pictures(agent).merge(agent.policy, 16, 2, lambda returns: middle_return(returns, ETA))
+        rollout = all_images(agent).merge(agent.policy, 16, 2, lambda returns: middle_return(returns, ETA))
         found = flat_gradient(agent, rollout, range(2))
         returns, old = torch.from_numpy(agent.env.reward.table), agent.reference.sites()
         middle = exact.soft_values(exact.joint(old), returns, ETA)[2]  # the suffix is the reference's own
@@ -200,21 +200,21 @@ class TestVMRGradients:
                 suffix_kl_coef=ETA,
             )
         )
-        pictures = all_pictures(agent)
-        pictures.returns = pictures.returns - ETA * agent.suffix_kl(pictures, 2)
-        rollout = pictures.merge(agent.policy, 16, 2, lambda returns: middle_return(returns.double(), 1e6).float())
+        images = all_images(agent)
+        images.returns = images.returns - ETA * agent.suffix_kl(images, 2)
+        rollout = images.merge(agent.policy, 16, 2, lambda returns: middle_return(returns.double(), 1e6).float())
         found = flat_gradient(agent, rollout, range(2))
         expected = -exact_gradient(agent, objective(agent))[:10] / 3
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)  # 1e6 is not yet infinity
         without = flat_gradient(
-            agent, all_pictures(agent).merge(agent.policy, 16, 2, lambda returns: returns.mean(-1)), range(2)
+            agent, all_images(agent).merge(agent.policy, 16, 2, lambda returns: returns.mean(-1)), range(2)
         )
         assert (without - expected).norm() > 0.05 * expected.norm()
 
     def test_the_suffix_follows_eq_5(self):
         agent = self.agent()
         agent.reference.take_over(TablePolicy(agent.policy.tokenizer, spread=1.0, seed=3).sites())
-        found = flat_gradient(agent, all_pictures(agent, groups=8), range(2, 3))
+        found = flat_gradient(agent, all_images(agent, groups=8), range(2, 3))
         returns, old = torch.from_numpy(agent.env.reward.table), exact.joint(agent.reference.sites())
         logits = agent.policy.sites()[2].clone().requires_grad_()
         exact.objective(exact.joint([logits.log_softmax(-1)]), old[2:], returns, ETA).mean().backward()
@@ -234,7 +234,7 @@ CLOSE = ("grpo", "reinforce", "rloo", "tree", "panw", "mp", "dr_grpo", "dapo", "
 
 
 def trajectory_distribution(agent):
-    """Log-probabilities of all pictures that an agent gives its user; of the best of n, its order statistics."""
+    """Log-probabilities of all images that an agent gives its user; of the best of n, its order statistics."""
     logp, n = exact.trajectory_logp(exact.joint(agent.best_policy.sites()))[0], agent.best_of
     if n == 1:
         return logp

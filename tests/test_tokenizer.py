@@ -8,7 +8,7 @@ from var_env.schedule import ScaleSchedule
 from var_env.tokenizers import Tokenizer
 
 
-def pictures(count, placement="even", seed=0):
+def rendered(count, placement="even", seed=0):
     world, rng = World(split="test", placement=placement), np.random.default_rng(seed)
     return torch.from_numpy(np.stack([render(world.sample(rng)) for _ in range(count)]))
 
@@ -21,7 +21,7 @@ def canvas_of(tokenizer, grids):
 
 
 def test_shapes(tokenizer, schedule):
-    grids = tokenizer.encode(pictures(2))
+    grids = tokenizer.encode(rendered(2))
     assert [grid.shape for grid in grids] == [(2, n, 1) for n in schedule.sizes]
     assert all(grid.dtype == torch.int64 and grid.min() >= 0 and grid.max() < 32 for grid in grids)
     canvas = canvas_of(tokenizer, grids)
@@ -34,7 +34,7 @@ def test_shapes(tokenizer, schedule):
 
 def test_encode_is_the_greedy_residual_quantiser(tokenizer, schedule):
     """Against a loop over images, scales and places, with distances written out."""
-    images = pictures(2)
+    images = rendered(2)
     grids = tokenizer.encode(images)
     features = tokenizer.features(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
     for b in range(2):
@@ -117,6 +117,6 @@ class TestFiles:
 
 def test_the_shipped_tokenizer_draws_what_it_encodes():
     tokenizer = Tokenizer.load()
-    images = pictures(16, placement="free")
+    images = rendered(16, placement="free")
     restored = tokenizer.decode(canvas_of(tokenizer, tokenizer.encode(images)))
     assert (restored.float() - images.float()).abs().mean() < 8  # of 255

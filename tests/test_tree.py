@@ -119,7 +119,7 @@ class TestCentredValues:
 
 @pytest.mark.parametrize("rho", [0.2, 0.5, 0.8])
 def test_noise_of_pairs(rho):
-    """Against pictures that share nothing, with many prefixes: as the module says."""
+    """Against images that share nothing, with many prefixes: as the module says."""
     prefix = rho**0.5 * random_scores(20, 2000)
     scores = prefix.repeat_interleave(2, 1) + (1 - rho) ** 0.5 * random_scores(20, 8000)[:, 4000:]
     values = node_values(scores, (2000, 2), MEAN)
@@ -157,7 +157,7 @@ class TestSiblingWeight:
         far = far - far.mean(2, keepdim=True)
         assert sibling_weight(far, far.flip(2), torch.zeros(5, 4, 1)).max() < 0.5
 
-    def test_of_a_prompt_does_not_depend_on_its_own_pictures(self):
+    def test_of_a_prompt_does_not_depend_on_its_own_images(self):
         siblings = random_scores(4, 3, 2)
         above = random_scores(4, 3, 1)
         changed = siblings.clone()
@@ -518,7 +518,7 @@ class TestOptions:
             ({"group_size": 5}, "group_size=5 is no multiple of 2"),
             ({"group_size": 2}, "group_size=2 is no .*: choose 4, 6"),
             ({"forks": (1, 2), "group_size": 6}, "group_size=6 is no multiple of 4"),
-            ({"branching": (2, 3)}, r"branching=\(2, 3\) makes 6 pictures, not group_size=4"),
+            ({"branching": (2, 3)}, r"branching=\(2, 3\) makes 6 images, not group_size=4"),
             ({"branching": (4,)}, r"branching must be 2 whole numbers.*got \(4,\)"),
             ({"branching": (4, 0)}, r"\(4, 0\)"),
             ({"branching": (8, 0.5)}, r"\(8, 0.5\)"),

@@ -1,6 +1,6 @@
 """FoundationVision's VAR: the contract on tiny models, the layout of the public files, and what is its own.
 
-That logits, samples and pictures are those of the public code was checked against it, on random weights.
+That logits, samples and images are those of the public code was checked against it, on random weights.
 """
 
 import itertools

@@ -230,11 +230,11 @@ class TestSuffixKL:
         for agent in (plain, paying):
             nudge(agent)
         before, after = plain.collect(3), paying.collect(3)
-        pictures = plain.draw(0, 4, (2, 2))
-        kl = paying.suffix_kl(pictures, 2)
+        rollout = plain.draw(0, 4, (2, 2))
+        kl = paying.suffix_kl(rollout, 2)
         with torch.no_grad():
             mine, ref = (
-                policy.evaluate(pictures.cond, pictures.grids, range(2, 3))[0].sum((1, 2))
+                policy.evaluate(rollout.cond, rollout.grids, range(2, 3))[0].sum((1, 2))
                 for policy in (paying.policy, paying.reference)
             )
         torch.testing.assert_close(kl.flatten(), mine - ref, atol=1e-4, rtol=1e-4)

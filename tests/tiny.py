@@ -24,7 +24,7 @@ def tiny_envs(parts, num_envs=2):
 
 
 def tiny_agent(parts, cls=GRPO, precision="fp32", policy_seed=0, **options):
-    """P = 2 prompts, G = 4 pictures, on the CPU, with a logger that writes nothing."""
+    """P = 2 prompts, G = 4 images, on the CPU, with a logger that writes nothing."""
     policy = tiny_policy(parts["tokenizer"], policy_seed, precision)
     settings = {"group_size": 4, "prompts_per_update": 2, "seed": 0, "device": "cpu"} | options
     agent = cls(policy, VARTextVectorEnv(2, **parts), **settings)

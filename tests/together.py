@@ -73,7 +73,7 @@ def weights(agent):
 
 
 def main(out, cases):
-    together = current()
+    processes = current()
     torch.set_num_threads(1)
     warnings.filterwarnings("error", module="agents.*")
     for case in cases:
@@ -87,7 +87,7 @@ def main(out, cases):
             agent = trained(name)
         found = weights(agent)
         found["budget"] = torch.tensor([agent.images_decoded, agent.tokens_sampled, agent.num_timesteps])
-        save_file(found, out / f"{case.replace(':', '-')}-{together.rank}.safetensors")
+        save_file(found, out / f"{case.replace(':', '-')}-{processes.rank}.safetensors")
 
 
 if __name__ == "__main__":

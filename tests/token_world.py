@@ -1,7 +1,7 @@
-"""A world whose optimum is known: pictures show their tokens, and the reward counts those that are right.
+"""A world whose optimum is known: images show their tokens, and the reward counts those that are right.
 
 Two grids, 1 x 1 and 2 x 2, of 4 codes. Red is the code of the first grid and green those of the second, so the reward
-reads all five tokens back from the picture. The best picture scores exactly 1; a policy that draws codes uniformly
+reads all five tokens back from the image. The best image scores exactly 1; a policy that draws codes uniformly
 scores 1/4 on average.
 """
 
@@ -18,7 +18,7 @@ TARGET = ([2], [0, 1, 2, 3])  # the right code of each token, grid by grid, row 
 
 
 class TokenTokenizer(Tokenizer):
-    """Channel t of the canvas, and of the picture, holds ``(code + 1) / V`` of grid t, and 0 before it is written."""
+    """Channel t of the canvas, and of the image, holds ``(code + 1) / V`` of grid t, and 0 before it is written."""
 
     def __init__(self, schedule=ScaleSchedule([(1, 1), (2, 2)], patch=32), vocab_size=CODES):  # noqa: B008 (frozen)
         super().__init__(schedule, vocab_size, channels=len(schedule), width=8, blocks=0)
@@ -41,7 +41,7 @@ class TokenTokenizer(Tokenizer):
 
 
 def tokens_shown(images, tokenizer):
-    """The tokens in pictures ``(B, S, S, 3)``: T arrays ``(B, n_t)``."""
+    """The tokens in images ``(B, S, S, 3)``: T arrays ``(B, n_t)``."""
     found = []
     for t, (h, w) in enumerate(tokenizer.schedule.grids):
         rows, columns = images.shape[1] // h, images.shape[2] // w
@@ -51,7 +51,7 @@ def tokens_shown(images, tokenizer):
 
 
 class RightTokens(Reward):
-    """The fraction of the tokens that are the target's; claims to have read a word all over the picture."""
+    """The fraction of the tokens that are the target's; claims to have read a word all over the image."""
 
     name = "right_tokens"
 

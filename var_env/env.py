@@ -1,4 +1,4 @@
-"""``VARText-v0``: draw a picture of given words, one token grid a step, for the score of an OCR model."""
+"""``VARText-v0``: draw an image of given words, one token grid a step, for the score of an OCR model."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
 
     **Info**: after a reset, ``prompt`` and ``words`` (the targets). At the end, ``image`` (uint8 ``(S, S, 3)``),
     ``score``, ``parts`` (the score's terms by name), ``words_read`` with ``confidences`` in [0, 1], ``reads`` (whether
-    the reward looks for words, or there are none because nobody looked), ``regions`` (a list of boxes x0 y0 x1 y1 in
+    the reward looks for words; if not, ``words_read`` is empty), ``regions`` (a list of boxes x0 y0 x1 y1 in
     pixels, float32 ``(4,)``, where text was found) and ``boxes`` (the same for the target words, empty when the episode
     was started from a prompt).
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``: the words that prompts are drawn from.
-        regions: number of words a picture, as a mapping from a count to its probability; keys may be strings,
-            as JSON has them. ``"target"`` is the paper's profile of two to five, for pictures of 128 pixels. The
+        regions: number of words an image, as a mapping from a count to its probability; keys may be strings,
+            as JSON has them. ``"target"`` is the paper's profile of two to five, for images of 128 pixels. The
             default is that of :class:`~var_env.scenes.World`.
-        size: height and width of the picture in pixels.
+        size: height and width of the image in pixels.
         prompts: draws the scenes from prompt files in place of the rendered world: a file, a folder or a Hugging Face
             dataset's name, such as ``"dnkdnk/CVTG-2K"``; see :class:`~var_env.prompts.PromptWorld`, which takes
             ``split``, ``regions`` and ``size`` too. Observed prompts are longer then.
@@ -144,7 +144,7 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
         return {key: batch[0] for key, batch in mdp.observe(state).items()}
 
     def render(self) -> Any:
-        """``"rgb_array"``: the picture beside the grids, uint8 ``(h, w, 3)``. ``"ansi"``: the same as text."""
+        """``"rgb_array"``: the image beside the grids, uint8 ``(h, w, 3)``. ``"ansi"``: the same as text."""
         return render_row(self.render_mode, self.tokenizer, self._state, 0)
 
     def clone_state(self) -> EpisodeState:

@@ -1,8 +1,8 @@
 """The decision process that the single and the batched environment share, as functions of an immutable state.
 
-A state is a prompt and the grids so far; an action is the next whole grid; the transition appends it. The reward is
-zero until the last grid is in place, then it is the score of the decoded image ("VAR RL Done Right", section 3.1,
-one step earlier: here the first grid is an action too). Nothing here draws a random number.
+A state is a prompt and the grids so far. An action is the next whole grid, and the transition appends it. The reward is
+zero until the last grid; then it is the score of the decoded image. This is the process of "VAR RL Done Right", section
+3.1, begun one step earlier, because the first grid is an action here too. Nothing here draws a random number.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def start(tokenizer: VisualTokenizer, scenes: Sequence[Scene], limit: int = MAX_
 
 
 def step(tokenizer: VisualTokenizer, reward: Reward, state: State | None, action: Any, batched: bool) -> State:
-    """Read the action, append it and, after the last grid, score the picture. The given state stays as it is.
+    """Read the action, append it and, after the last grid, score the image. The given state stays as it is.
 
     Raises:
         ResetNeeded: there is no episode, or it is over.
@@ -156,7 +156,7 @@ def decode(tokenizer: VisualTokenizer, state: State) -> np.ndarray:
 
 
 def finish(tokenizer: VisualTokenizer, reward: Reward, state: State) -> State:
-    """Decode and score: the state with its outcome. The reward sees to it that scores are finite numbers."""
+    """Decode the images and score them: the state with its outcome. The reward checks that scores are finite."""
     images = decode(tokenizer, state)
     return conclude(state, images, reward(images, state.scenes))
 
@@ -222,7 +222,7 @@ def prompt_info(state: State) -> dict[str, Any]:
 def row_of(info: Mapping[str, Any], row: int) -> dict[str, Any]:
     """One row of a batched info or observation, with Python numbers.
 
-    Where rows differ in length (regions, boxes) the row comes as a list of boxes, since Gymnasium's own vector
+    Where rows differ in length (regions, boxes) the row comes as a list of boxes, because Gymnasium's vector
     environments stack the arrays that they find in an info.
     """
     return {
@@ -281,7 +281,7 @@ def components(
         tokenizer = load_tokenizer(tokenizer)
     if tokenizer.image_size != world.size:
         raise ValueError(
-            f"the tokenizer draws pictures of {tokenizer.image_size} px and the world has {world.size} px: "
+            f"the tokenizer draws images of {tokenizer.image_size} px and the world has {world.size} px: "
             f"set size={tokenizer.image_size}, or tokenizer= to one that was trained at {world.size} px"
         )
     if isinstance(reward, str):

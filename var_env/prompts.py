@@ -61,7 +61,7 @@ class PromptWorld(World):
     Args:
         source: a file, a folder with files named as above or one zip of them, a zip, or the name of a dataset on the
             Hugging Face hub that holds them, such as ``"dnkdnk/CVTG-2K"``.
-        size: the picture's height and width in pixels.
+        size: the image's height and width in pixels.
         split: ``"train"``, ``"val"`` or ``"test"``.
         regions: keep the largest part of the split whose region counts have this profile, see
             :func:`~var_env.corpus.filter_regions`; ``"target"`` is the paper's filter. The default keeps all.

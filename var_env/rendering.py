@@ -1,4 +1,4 @@
-"""Frames of an episode: the picture as decoded so far beside the token grids, or the same as a few lines of text."""
+"""Frames of an episode: the image as decoded so far beside the token grids, or the same as a few lines of text."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SHOWN = 12  # tokens of a grid that a line of text shows
 
 
 def rgb_frame(tokenizer: VisualTokenizer, state: State, row: int) -> np.ndarray:
-    """Picture and grids side by side: uint8 ``(P, P + panel, 3)``, of the same size at every step."""
+    """Image and grids side by side: uint8 ``(P, P + panel, 3)``, of the same size at every step."""
     if state.outcome is not None:
         image = state.outcome["image"][row]
     else:
         image = tokenizer.decode(state.canvas[row : row + 1])[0].cpu().numpy()  # (S, S, 3)
     zoom = max(1, FRAME // len(image))
-    picture = image.repeat(zoom, axis=0).repeat(zoom, axis=1)  # (P, P, 3)
-    return np.concatenate([picture, _grid_panel(tokenizer, state, row, len(picture))], axis=1)
+    image = image.repeat(zoom, axis=0).repeat(zoom, axis=1)  # (P, P, 3)
+    return np.concatenate([image, _grid_panel(tokenizer, state, row, len(image))], axis=1)
 
 
 def text_frame(tokenizer: VisualTokenizer, state: State, row: int) -> str:

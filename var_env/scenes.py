@@ -1,4 +1,4 @@
-"""The world of VARText: pictures of words, their prompts and their boxes, drawn from a seed.
+"""The world of VARText: images of words, their prompts and their boxes, drawn from a seed.
 
 A scene is a coloured ground with one word a line, in capitals of one colour. The prompt names all of it in plain
 English, with the words in double quotes::
@@ -6,7 +6,7 @@ English, with the words in double quotes::
     A navy sign that says "KITE" above "RUN" in white letters
 
 Glyphs stand on a lattice of 8 pixels, the tokenizer's patch, and the colours come from a small palette that the
-prompt names: apart from the lines' heights, the prompt decides the picture. That is what lets a policy of a few
+prompt names: apart from the lines' heights, the prompt decides the image. That is what lets a policy of a few
 million weights learn to spell on a CPU.
 
 Words come from a list and, half of the time, from the alphabet at random. Every word belongs to exactly one of the
@@ -62,7 +62,7 @@ class Scene:
         prompt: plain English, the words in double quotes, at most ``max_prompt_bytes`` of its world in UTF-8.
         words: the target words, top to bottom.
         boxes: one ``(x0, y0, x1, y1)`` a word, in pixels, half open; empty for a scene made from a prompt alone.
-        size: height and width of the picture in pixels.
+        size: height and width of the image in pixels.
         ink, ground: RGB colours, 0 to 255.
     """
 
@@ -80,13 +80,13 @@ class World:
     ``max_prompt_bytes`` is the length of the longest prompt that its environments take.
 
     Args:
-        size: the picture's height and width in pixels, a multiple of 8, at least 48.
+        size: the image's height and width in pixels, a multiple of 8, at least 48.
         split: ``"train"``, ``"val"`` or ``"test"``; no word is in two of them.
-        regions: the profile of the number of words a picture, as in the paper's appendix C: a mapping from a
+        regions: the profile of the number of words an image, as in the paper's appendix C: a mapping from a
             count to its probability, or ``"target"`` for the paper's own, `TARGET_REGIONS`. At 64 pixels one or two
             words fit, at 128 up to five.
         placement: ``"free"`` draws the lines' heights, so that the coarse grids have a layout to decide; ``"even"``
-            spreads them over the height, one alone in the middle, and then the prompt decides the picture.
+            spreads them over the height, one alone in the middle, and then the prompt decides the image.
 
     Raises:
         ValueError: an unknown split or placement, a size off the lattice, or a profile that is empty, does not sum

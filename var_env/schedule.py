@@ -20,7 +20,7 @@ class ScaleSchedule:
 
     Args:
         grids: ``(h, w)`` of every grid, coarse to fine. The last one is the canvas and no other may exceed it.
-        patch: pixels along one side of a token of the canvas; the picture is ``(H * patch, W * patch)``.
+        patch: pixels along one side of a token of the canvas; the image is ``(H * patch, W * patch)``.
         canvas: ``(H, W)`` when the grids are no pyramid but the single tokens of a canvas, see `raster`.
 
     Raises:
@@ -36,7 +36,7 @@ class ScaleSchedule:
 
     grids: tuple[tuple[int, int], ...]
     patch: int
-    canvas: tuple[int, int]  # (H, W), the token positions of the finished picture
+    canvas: tuple[int, int]  # (H, W), the token positions of the finished image
 
     def __init__(self, grids: Iterable[Sequence[int]], patch: int = 16, canvas: tuple[int, int] | None = None) -> None:
         pairs = tuple(tuple(int(side) for side in grid) for grid in grids)
@@ -71,7 +71,7 @@ class ScaleSchedule:
 
     @property
     def is_raster(self) -> bool:
-        """Whether grid t is the t-th token of the canvas, and not the whole picture at a scale of its own."""
+        """Whether grid t is the t-th token of the canvas, and not the whole image at a scale of its own."""
         return len(self.grids) > 1 and self.canvas != self.grids[-1]
 
     @classmethod
@@ -143,7 +143,7 @@ class ScaleSchedule:
 
         Raises:
             ValueError: no grid shows that resolution; the message lists those that the schedule has. A raster schedule
-                has none: its steps show parts of the picture, and not the whole at a lower resolution.
+                has none: its steps show parts of the image, and not the whole at a lower resolution.
         """
         if self.is_raster:
             raise ValueError(
@@ -163,7 +163,7 @@ class ScaleSchedule:
             split: a whole number from 1 to T is m itself, the number of grids in the prefix, and a larger one a
                 resolution for ``split``. ``"m_128"`` is the resolution in any case, as the paper writes it: in
                 the 1024-pixel schedule 16 is a number of grids, and ``"m_16"`` the first of them. ``"half"`` is the
-                first grid that shows at least half of the picture's resolution, or half of a raster's tokens.
+                first grid that shows at least half of the image's resolution, or half of a raster's tokens.
 
         Raises:
             ValueError: neither; the message lists what the schedule has.

@@ -1,10 +1,10 @@
-"""``VARTabular-v0``: the process of ``VARText-v0``, so small that every picture can be listed and every value computed.
+"""``VARTabular-v0``: the process of ``VARText-v0``, so small that every image can be listed and every value computed.
 
-A few grids over a few codes, by default 1x1, 1x2 and 2x2 over two: 7 tokens, 128 pictures. A picture shows its tokens,
+A few grids over a few codes, by default 1x1, 1x2 and 2x2 over two: 7 tokens, 128 images. An image shows its tokens,
 and the reward looks them up in a table. Prompts are drawn as in ``VARText-v0`` and change nothing: the paper leaves
 them out of its process, too (section 3.1.2). ``agents/exact.py`` computes with the table what is best here.
 
-Pictures are numbered by their tokens, read as the digits of one number, the first token the highest.
+Images are numbered by their tokens, read as the digits of one number, the first token the highest.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewards.base import HasWords, Reward, RewardOutput
+from rewards.old_names import keep_old_names
 from var_env import mdp
 from var_env.env import VARTextEnv
 from var_env.scenes import World
@@ -28,19 +29,19 @@ from var_env.vector import VARTextVectorEnv
 from var_env.weights import load_config_and_weights, load_weights, save_module
 
 DEFAULT_GRIDS = ((1, 1), (1, 2), (2, 2))
-MOST_PICTURES = 2**16  # to be listed in a second
-LEAST_SIDE = 48  # px, of World's pictures
+MOST_IMAGES = 2**16  # to be listed in a second
+LEAST_SIDE = 48  # px, of World's images
 OPTIONS = ("grids", "vocab_size", "reward", "seed", "render_mode")
 
 
-# Pictures ------------------------------------------------------------------------------------------------------------
+# Images ------------------------------------------------------------------------------------------------------------
 
 
 class TableTokenizer(VisualTokenizer):
-    """Pictures that show their tokens: each cell of the last grid has a stripe a grid, in the grey of its token.
+    """Images that show their tokens: each cell of the last grid has a stripe a grid, in the grey of its token.
 
     Token a is the grey ``255 (a + 1) / V``; what is not drawn yet is black. ``encode`` reads them back, and of any
-    other picture gives the nearest.
+    other image gives the nearest.
 
     Args:
         schedule: the grids; the sides of each divide those of the last one, which is square.
@@ -115,7 +116,7 @@ class TableTokenizer(VisualTokenizer):
 
 
 def table_schedule(grids: Sequence[Sequence[int]]) -> ScaleSchedule:
-    """The grids with a patch that gives the smallest picture a `World` can have, in whole multiples of 8 pixels."""
+    """The grids with a patch that gives the smallest image a `World` can have, in whole multiples of 8 pixels."""
     height = ScaleSchedule(grids).grids[-1][0]
     patch = -(-LEAST_SIDE // height)
     while patch * height % 8:
@@ -127,7 +128,7 @@ def table_schedule(grids: Sequence[Sequence[int]]) -> ScaleSchedule:
 
 
 class Tables(NamedTuple):
-    """What a reward is made from: all N pictures. Gives their scores, float64 ``(N,)``, in [0, 1]."""
+    """What a reward is made from: all N images. Gives their scores, float64 ``(N,)``, in [0, 1]."""
 
     grids: list[np.ndarray]  # the tokens, T of (N, h_t, w_t)
     vocab_size: int
@@ -177,7 +178,7 @@ def trap(all_: Tables) -> np.ndarray:
 
 
 def random(all_: Tables) -> np.ndarray:
-    """A number for each picture, uniform in [0, 1], drawn from the seed."""
+    """A number for each image, uniform in [0, 1], drawn from the seed."""
     return all_.rng.random(len(all_.grids[0]))
 
 
@@ -186,35 +187,35 @@ REWARDS: dict[str, Callable[[Tables], np.ndarray]] = {
 }
 
 
-def every_picture(schedule: ScaleSchedule, vocab_size: int) -> np.ndarray:
-    """The tokens of all pictures in order, int64 ``(V^L, L)``. ``ValueError`` when there are more than 65,536."""
+def every_image(schedule: ScaleSchedule, vocab_size: int) -> np.ndarray:
+    """The tokens of all images in order, int64 ``(V^L, L)``. ``ValueError`` when there are more than 65,536."""
     count = vocab_size**schedule.total_tokens
-    if count > MOST_PICTURES:
+    if count > MOST_IMAGES:
         raise ValueError(
-            f"{schedule.total_tokens} tokens of {vocab_size} codes make {count} pictures, more than the "
-            f"{MOST_PICTURES} that a table may have: give fewer or smaller grids, or fewer codes"
+            f"{schedule.total_tokens} tokens of {vocab_size} codes make {count} images, more than the "
+            f"{MOST_IMAGES} that a table may have: give fewer or smaller grids, or fewer codes"
         )
     return np.arange(count)[:, None] // digits(schedule, vocab_size) % vocab_size
 
 
 def digits(schedule: ScaleSchedule, vocab_size: int) -> np.ndarray:
-    """What each token counts for in the number of a picture, int64 ``(L,)``."""
+    """What each token counts for in the number of an image, int64 ``(L,)``."""
     return vocab_size ** np.arange(schedule.total_tokens - 1, -1, -1)
 
 
 class TableReward(Reward):
-    """Looks up what a picture is worth.
+    """Looks up what an image is worth.
 
-    The regions that it reports, for Mask Propagation, are the cells of the last grid that can change a picture's score.
+    The regions that it reports, for Mask Propagation, are the cells of the last grid that can change an image's score.
     The words that it has read are the tokens of each grid, such as "0", "01", "0111".
 
     Args:
-        tokenizer: that of the pictures.
+        tokenizer: that of the images.
         name: a name in ``REWARDS``.
         seed: of what that reward draws.
 
     Attributes:
-        table: the score of each picture, float64 ``(V^L,)``.
+        table: the score of each image, float64 ``(V^L,)``.
     """
 
     score_range = (0.0, 1.0)
@@ -224,7 +225,7 @@ class TableReward(Reward):
             raise ValueError(f"unknown reward {name!r}: choose one of {', '.join(REWARDS)}")
         self.tokenizer, self.name = tokenizer, f"table_{name}"
         schedule, codes = tokenizer.schedule, tokenizer.vocab_size
-        flat = every_picture(schedule, codes)  # (N, L)
+        flat = every_image(schedule, codes)  # (N, L)
         grids = [flat[:, part].reshape(-1, *grid) for part, grid in zip(schedule.slices, schedule.grids, strict=True)]
         self.table = REWARDS[name](Tables(grids, codes, np.random.default_rng(seed))).astype(np.float64)
         n = schedule.sizes[-1]
@@ -266,14 +267,14 @@ class VARTabularEnv(VARTextEnv):
 
     Args:
         grids: ``(h, w)`` of every grid, coarse to fine; the last one is square and the sides of the others divide its.
-        vocab_size: V, codes of a token. There may be 65,536 pictures, ``V^L``, at most.
+        vocab_size: V, codes of a token. There may be 65,536 images, ``V^L``, at most.
         reward: a name in ``REWARDS``: "smooth", "copy", "sparse", "xor", "trap" or "random".
         seed: of the table, for the rewards that draw something.
         render_mode: as in `VARTextEnv`.
 
     Raises:
         TypeError: an option that does not exist.
-        ValueError: an option out of its range; too many pictures.
+        ValueError: an option out of its range; too many images.
 
     Example:
         >>> env = VARTabularEnv(reward="xor")
@@ -318,3 +319,6 @@ class VARTabularVectorEnv(VARTextVectorEnv):
     ) -> None:
         mdp.reject("VARTabularVectorEnv", unknown, ("num_envs", *OPTIONS))
         super().__init__(num_envs, **tabular_parts(grids, vocab_size, reward, seed), render_mode=render_mode)
+
+
+keep_old_names(globals(), every_picture="every_image", MOST_PICTURES="MOST_IMAGES")

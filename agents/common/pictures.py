@@ -1,4 +1,4 @@
-"""Pictures for people: samples in a grid, each with a caption strip below it, and masks beside their samples."""
+"""Images for people: samples in a grid, each with a caption strip below it, and masks beside their samples."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ LINE = 15  # px, the height of a caption line
 
 
 def sample_sheet(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> np.ndarray:
-    """Lay out ``(N, S, S, 3)`` uint8 pictures, row by row, over captions of one or more lines: uint8 ``(H, W, 3)``."""
+    """Lay out ``(N, S, S, 3)`` uint8 images, row by row, over captions of one or more lines: uint8 ``(H, W, 3)``."""
     if len(images) != len(captions) or len(images) == 0:
-        raise ValueError(f"need one caption a picture and at least one of them, got {len(images)} and {len(captions)}")
+        raise ValueError(f"need one caption an image and at least one of them, got {len(images)} and {len(captions)}")
     size = tile_size(images)
     lines = max(caption.count("\n") + 1 for caption in captions)
     height, columns = size + lines * LINE + 4, min(columns, len(images))
@@ -31,19 +31,19 @@ def sample_sheet(images: np.ndarray, captions: Sequence[str], columns: int = 8) 
 
 
 def tile_size(images: np.ndarray) -> int:
-    """The width of a tile for pictures ``(N, S, S, 3)``: a whole multiple of S, which keeps pixels square."""
+    """The width of a tile for images ``(N, S, S, 3)``: a whole multiple of S, which keeps pixels square."""
     return images.shape[1] * max(1, -(-TILE // images.shape[1]))
 
 
 def mask_sheet(
     images: np.ndarray, boxes: Sequence[np.ndarray], captions: Sequence[str], masks: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Rows of pictures with their boxes, each row beside its mask at every scale, coarse to fine: uint8 ``(H, W, 3)``.
+    """Rows of images with their boxes, each row beside its mask at every scale, coarse to fine: uint8 ``(H, W, 3)``.
 
     Args:
-        images: ``(R * K, S, S, 3)`` uint8, the K pictures of each of R rows side by side.
-        boxes: of each picture, ``(n, 4)``, xyxy in its pixels, with ``x0 <= x1`` and ``y0 <= y1``; drawn in red.
-        captions: of each picture.
+        images: ``(R * K, S, S, 3)`` uint8, the K images of each of R rows side by side.
+        boxes: of each image, ``(n, 4)``, xyxy in its pixels, with ``x0 <= x1`` and ``y0 <= y1``; drawn in red.
+        captions: of each image.
         masks: one a scale, ``(R, h_t, w_t)`` in [0, 1], which is black to white.
     """
     size, rows = tile_size(images), len(masks[0])

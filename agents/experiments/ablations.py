@@ -137,15 +137,15 @@ TABLES = {
     "k": Table(
         "Suffixes a prefix (Table 5)",
         "K",
-        "VMR, PANW and MP. K suffixes cost K pictures of the budget, so a larger K has fewer updates. The paper's rows "
+        "VMR, PANW and MP. K suffixes cost K images of the budget, so a larger K has fewer updates. The paper's rows "
         "are after 300 updates each, whatever K costs.",
         k_rows,
     ),
 }
 ABOUT = """\
-Every cell is trained from the same base policy on {images} reward calls: each picture that is decoded and scored counts
+Every cell is trained from the same base policy on {images} reward calls: each image that is decoded and scored counts
 one, so a prefix that VMR values from K suffixes costs K. The scores are those of {prompts} held-out prompts, one
-picture each, drawn with the same noise for all. Intervals: 95 %, bootstrap over prompts, a cell's seeds averaged prompt
+image each, drawn with the same noise for all. Intervals: 95 %, bootstrap over prompts, a cell's seeds averaged prompt
 by prompt. They do not tell how far another seed would end up: see the thin lines, one a seed, in the figures.
 
 The paper's rows are of NextFlow, a policy of 7B parameters at 1024 px, on the prompts of CVTG-2K. Compare orders, not

@@ -86,7 +86,7 @@ class Alone(Reward):
 
 
 class Bench:
-    """The measurements, on batches of ``images`` pictures in groups of ``group_size``."""
+    """The measurements, on batches of ``images`` in groups of ``group_size``."""
 
     def __init__(self, policy: Policy, images: int, group_size: int, repeats: int) -> None:
         self.policy, self.images, self.group_size, self.repeats = policy, images, group_size, repeats
@@ -226,13 +226,13 @@ class Bench:
             Measured("OCR ms/image", ours, "ms", "<= 15", ours <= 15),
             Measured("RapidOCR's defaults, ms/image", theirs, "ms"),
             Measured("OCR, times faster than the defaults", theirs / ours, "x", ">= 10", theirs / ours >= 10),
-            Measured("OCR, pictures with the same text", equal, "%"),
+            Measured("OCR, images with the same text", equal, "%"),
             Measured("RapidOCR's defaults, words read right", 100 * default_right, "%"),
             Measured("OCR, words read right", 100 * right, "%", ">= the defaults'", right >= default_right),
         ]
 
     def overlap(self) -> list[Measured]:
-        """Rollouts whose pictures two processes read: all at the end, or one part while the next is drawn."""
+        """Rollouts whose images two processes read: all at the end, or one part while the next is drawn."""
         prompts = self.images // self.group_size
         with RewardPool("ocr", {"threads": 1}, workers=2) as pool:
             envs = resized(self.envs, prompts, pool)
@@ -252,7 +252,7 @@ class Bench:
         return found + loop
 
     def overlapped_iterations(self, how: str, pool: RewardPool) -> list[Measured]:
-        """GRPO iterations whose pictures a pool scores, one thing after the other and overlapped."""
+        """GRPO iterations whose images a pool scores, one thing after the other and overlapped."""
         prompts = self.images // self.group_size
         agents = [self.agent(GRPO, resized(self.envs, prompts, Alone(pool)))]  # no pool to an agent, so it waits
         agents += [self.agent(GRPO, resized(self.envs, prompts, pool), overlap=parts) for parts in (1, 2)]
@@ -280,7 +280,7 @@ class Bench:
         try:
             pairs = zip(self.sample(exact, prompts, True), self.sample(exact, prompts, False), strict=True)
             if not all(torch.equal(cached, again) for cached, again in pairs):
-                raise RuntimeError("cached and repeated sampling drew different codes from the same noise")
+                raise RuntimeError("cached and repeated sampling drew different tokens from the same noise")
         finally:
             torch.set_default_dtype(torch.float32)
         cached = self.seconds("cached sampling", lambda: self.sample(self.policy, prompts, True))

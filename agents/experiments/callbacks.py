@@ -59,7 +59,7 @@ class CurveEval(HeldOutEval):
 
 
 class ImageBar(AgentCallback):
-    """A progress bar over the pictures of the budget."""
+    """A progress bar over the images of the budget."""
 
     def __init__(self, images: int, label: str) -> None:
         super().__init__()

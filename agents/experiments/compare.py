@@ -7,7 +7,7 @@
     vartext compare --agents grpo+panw --alpha 0.8 --images 6400 --out runs/panw-alone
     vartext compare --plugin my_agent.py --agents grpo mine vmr+mine
     vartext compare --preset full --out runs/full --ray                   # many runs at a time
-    tensorboard --logdir runs                                   # scalars, pictures and texts while it trains
+    tensorboard --logdir runs                                   # scalars, images and texts while it trains
 
 An agent is an algorithm and wrappers around it, joined by "+". The default is the paper's method step by step: grpo,
 vmr, vmr+panw, vmr+panw+mp. docs/agents.md tells them apart. Your own joins with one decorator, see
@@ -18,7 +18,7 @@ curves against images, tokens, updates and seconds), before_after.png, and for e
 events, progress.csv, policy.safetensors and result.json.
 
 All agents start from the same weights, see the same training prompts in the same order, decode alike, and are
-evaluated with the same noise on test prompts, whose words are in no training prompt. The budget is counted in pictures
+evaluated with the same noise on test prompts, whose words are in no training prompt. The budget is counted in images
 decoded and scored: the K suffixes by which VMR values a prefix cost K.
 
 Ctrl-C, or SIGTERM, finishes the update, evaluates what has been learned so far, writes everything and exits with status
@@ -26,7 +26,7 @@ Ctrl-C, or SIGTERM, finishes the update, evaluates what has been learned so far,
 it was killed, from the last checkpoint, one every --save-every updates, with the same result.
 
 Several processes may share one --out when each has --seeds or --agents of its own: a process trains nothing but its own
-runs, files are replaced as a whole, and the tables and pictures show the runs of the process that wrote them last. A
+runs, files are replaced as a whole, and the tables and images show the runs of the process that wrote them last. A
 last call with all agents and seeds trains nothing and collects everything.
 
 With --ray (pip install "vartext[ray]") one call trains as many runs at a time as there are CPUs, or shares of GPUs

@@ -1,9 +1,9 @@
-"""Measure a policy on held-out prompts: the paper's metrics with 95 % bootstrap intervals, and a picture.
+"""Measure a policy on held-out prompts: the paper's metrics with 95 % bootstrap intervals, and an image.
 
     vartext evaluate                                              # the shipped base policy
     vartext evaluate --policy runs/compare-quick/grpo/seed0/policy.safetensors
     vartext evaluate --policy runs/train/agent.zip --prompts 1024 --temperature 0.8
-    vartext evaluate --best-of 8                                  # the best by reward of 8 pictures a prompt
+    vartext evaluate --best-of 8                                  # the best by reward of 8 images a prompt
     vartext evaluate --clip openai/clip-vit-base-patch32          # with CLIPScore, the paper's third metric
     vartext evaluate --temperatures-of runs/compare-quick/grpo/seed0/policy.safetensors
     vartext evaluate --prompts-from dnkdnk/CVTG-2K --prompts 2000 --clip openai/clip-vit-large-patch14
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="draw N pictures for each prompt and keep the one with the highest reward (default: %(default)s)",
+        help="draw N images for each prompt and keep the one with the highest reward (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and of the sampler (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="(default: %(default)s)")

@@ -34,7 +34,7 @@ def run_folder(out: Path, agent: str, seed: int | None) -> Path:
 
 
 def save_strip(path: Path, evaluation: Evaluation) -> None:
-    """The pictures of the first prompts in a row, with what was asked for, what was read, and the score."""
+    """The images of the first prompts in a row, with what was asked for, what was read, and the score."""
     shown = range(min(SHOWN, len(evaluation.scenes)))
     captions = [caption(evaluation.scenes[i].words, evaluation.words_read[i], evaluation.scores[i]) for i in shown]
     with replacing(path) as part:
@@ -42,7 +42,7 @@ def save_strip(path: Path, evaluation: Evaluation) -> None:
 
 
 def stack(strips: dict[str, Path]) -> Image.Image:
-    """Pictures one below the other, each under its title."""
+    """Images one below the other, each under its title."""
     rows = {title: Image.open(path) for title, path in strips.items()}
     sheet = Image.new(
         "RGB", (max(row.width for row in rows.values()), sum(LABEL + row.height for row in rows.values())), "white"
@@ -84,7 +84,7 @@ def draw_curves(
     """Reward and word accuracy, a row each; a colour an agent, a thin line a seed, a thick one their mean.
 
     Args:
-        path: the picture.
+        path: the image.
         out: where the runs are.
         columns: what to show, one of `SOURCES`, against which of `AXES`.
         names: of the agents in the legend.

@@ -37,7 +37,7 @@ def load_policy(args: argparse.Namespace) -> Policy:
 def make_env(
     policy: Policy, num_envs: int = 1, split: str = "train", regions: dict[int, float] | None = None, **options: Any
 ) -> VARTextVectorEnv:
-    """Environments of the policy's tokenizer and picture size; ``options`` are the environment's, as ``reward`` is."""
+    """Environments of the policy's tokenizer and image size; ``options`` are the environment's, as ``reward`` is."""
     tokenizer = policy.tokenizer
     envs = VARTextVectorEnv(
         num_envs, split=split, regions=regions, size=tokenizer.image_size, tokenizer=tokenizer, **options

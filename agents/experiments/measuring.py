@@ -69,7 +69,7 @@ def table_by_words(by_words: Mapping[int, Mapping[str, Any]]) -> str:
 
 
 def ocr_accuracy(scene: Scene, read: Sequence[str]) -> float:
-    """Flow-GRPO's OCR accuracy of one picture, in [0, 1]."""
+    """Flow-GRPO's OCR accuracy of one image, in [0, 1]."""
     edits, length = edit_counts(scene.words, read, "flow_grpo")
     return max(1 - edits / length, 0.0)
 
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         decoding = decoding_from(args, Decoding())
         clip = CLIPScore(args.clip, args.device) if args.clip else None
         if clip:
-            clip.load()  # before the pictures are drawn, should it be missing
+            clip.load()  # before the images are drawn, should it be missing
     settings = {name: str(value) for name, value in vars(args).items()}
     if args.gates:
         gates, evaluation = measure_gates(policy, env, scenes, args.seed)

@@ -125,11 +125,11 @@ def add_model_options(parser: Parser) -> None:
 
 
 def add_decoding_options(parser: Parser) -> None:
-    """How pictures are drawn, for `decoding_from`."""
-    group = parser.add_argument_group("how pictures are drawn")
-    group.add_argument("--temperature", type=float, help="0 takes the likeliest code (default: 1)")
-    group.add_argument("--top-k", type=int, help="keep the k likeliest codes; 0 keeps all (default: 0)")
-    group.add_argument("--top-p", type=float, help="keep the fewest codes of this probability (default: 1)")
+    """How images are drawn, for `decoding_from`."""
+    group = parser.add_argument_group("how images are drawn")
+    group.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: 1)")
+    group.add_argument("--top-k", type=int, help="keep the k likeliest tokens; 0 keeps all (default: 0)")
+    group.add_argument("--top-p", type=float, help="keep the fewest tokens of this probability (default: 1)")
     group.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is off (default: 1)")
 
 
@@ -140,12 +140,12 @@ def decoding_from(args: argparse.Namespace, start: Decoding) -> Decoding:
 
 
 def add_regions_option(parser: Parser) -> None:
-    """``--regions``, the world's profile of the number of words a picture."""
+    """``--regions``, the world's profile of the number of words an image."""
     parser.rare.add_argument(
         "--regions",
         type=parse_regions,
         metavar="COUNT:SHARE,...",
-        help="share of pictures with each number of words, or target, the paper's profile of 2 to 5, which needs a "
+        help="share of images with each number of words, or target, the paper's profile of 2 to 5, which needs a "
         "policy of 128 px (default: 1:0.5,2:0.5; of prompt files, all that they hold)",
     )
 

@@ -1,4 +1,4 @@
-"""Watch a picture grow scale by scale: in the terminal, as a PNG strip, or as an animated GIF.
+"""Watch an image grow scale by scale: in the terminal, as a PNG strip, or as an animated GIF.
 
     vartext play                                                   # a held-out prompt, at random
     vartext play 'A navy sign that says "KITE" above "RUN" in white letters'
@@ -6,7 +6,7 @@
     vartext play --policy runs/compare-quick/grpo/seed0/policy.safetensors --temperature 0.7
 
 The words of a prompt stand in double quotes. The last lines tell what OCR read and the score.
-The GIF shows the token grids beside the picture.
+The GIF shows the token grids beside the image.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of the prompt and of the sampler (default: another one each time)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="write all scales side by side")
     parser.add_argument("--gif", type=Path, metavar="FILE", help="write an animation with the token grids")
-    parser.add_argument("--quiet", action="store_true", help="no pictures in the terminal")
+    parser.add_argument("--quiet", action="store_true", help="no images in the terminal")
     parser.add_argument("--columns", type=int, default=64, help="width in the terminal (default: %(default)s)")
     parser.add_argument("--delay", type=float, default=0.7, help="seconds between scales (default: %(default)s)")
     add_model_options(parser)

@@ -9,7 +9,7 @@
 
 Every stage checkpoints into ``--out`` and goes on from there when it is called again. Scenes are drawn from the seed
 as they are needed and never stored. Only torch, numpy, pillow and safetensors are needed; with tensorboard installed
-there are curves and sample pictures too. How well OCR reads the results: ``vartext evaluate --gates``.
+there are curves and sample images too. How well OCR reads the results: ``vartext evaluate --gates``.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.rare.add_argument("--compile", action="store_true", help="torch.compile the policy's forward pass")
     parser.rare.add_argument("--log-every", type=int, default=50, help="steps (%(default)s)")
     parser.rare.add_argument("--save-every", type=int, default=250, help="steps (%(default)s)")
-    parser.rare.add_argument("--picture-every", type=int, default=500, help="steps (%(default)s)")
+    parser.rare.add_argument("--image-every", "--picture-every", type=int, default=500, help="steps (%(default)s)")
     args = parser.parse_args(argv)
     from var_env.faults import Faults  # not above, as in `main`
 

@@ -182,17 +182,17 @@ def train_tokenizer(args: argparse.Namespace) -> None:
             smoothing = torch.zeros((), device=args.device)
             quantised = features
         with torch.autocast(args.device, dtype=torch.bfloat16):
-            picture = tokenizer.decoder(quantised)
+            image = tokenizer.decoder(quantised)
         weight = ink_weight(images, scenes, 5.0)
-        error = (weight * (picture.float() - x).square()).mean() / weight.mean()
+        error = (weight * (image.float() - x).square()).mean() / weight.mean()
         (error + 0.25 * commitment + smoothing + penalty).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step >= warm_up:
             book.update(torch.cat(vectors), torch.cat(codes))
         run.log(step, error=error, commitment=commitment, smoothing=smoothing, **book.report())
-        if run.is_time_for_pictures(step):
-            run.picture(step, torch.cat([images[:8], from_unit(picture.detach())[:8]]))
+        if run.is_time_for_images(step):
+            run.image(step, torch.cat([images[:8], from_unit(image.detach())[:8]]))
     steps_of(tokenizer, args).save(args.out / "tokenizer.safetensors")
 
 
@@ -249,10 +249,10 @@ def train_policy(args: argparse.Namespace) -> None:
             gradient_norm=norm,
             **{f"scale/{name}": part.mean() for (name, _), part in zip(bands, per_band, strict=True)},
         )
-        if run.is_time_for_pictures(step):
+        if run.is_time_for_images(step):
             held_out = World(split="val")
             shown = [held_out.sample(np.random.default_rng(i)) for i in range(8)]
-            run.picture(step, sample_images(policy, [s.prompt for s in shown], generator))
+            run.image(step, sample_images(policy, [s.prompt for s in shown], generator))
     policy.save(args.out / "policy.safetensors")
 
 
@@ -269,7 +269,7 @@ def new_policy(args: argparse.Namespace, tokenizer: VisualTokenizer) -> VARTextP
 
 @torch.no_grad()
 def sample_images(policy: Policy, prompts: list[str], generator: torch.Generator) -> Tensor:
-    """One picture a prompt, uint8 ``(B, S, S, 3)``, drawn from the policy's own distribution."""
+    """One image a prompt, uint8 ``(B, S, S, 3)``, drawn from the policy's own distribution."""
     tokenizer = policy.tokenizer
     cache, canvas, grid = policy.begin(policy.encode_prompts(prompts)), tokenizer.blank(len(prompts)), None
     for t in range(len(tokenizer.schedule)):
@@ -300,7 +300,7 @@ def decay_groups(policy: Policy) -> list[dict]:
 
 
 class Run:
-    """What both stages share: the step loop with its schedule, checkpoints, logs and pictures."""
+    """What both stages share: the step loop with its schedule, checkpoints, logs and images."""
 
     def __init__(
         self, args: argparse.Namespace, name: str, module: torch.nn.Module, optimizer: torch.optim.Optimizer
@@ -380,10 +380,10 @@ class Run:
                 self.writer.add_scalar(f"{self.name}/{name}", value, self.seen)
             self.writer.add_scalar(f"{self.name}/images_per_second", rate, self.seen)
 
-    def is_time_for_pictures(self, step: int) -> bool:
-        return self.writer is not None and (step + 1) % self.args.picture_every == 0
+    def is_time_for_images(self, step: int) -> bool:
+        return self.writer is not None and (step + 1) % self.args.image_every == 0
 
-    def picture(self, step: int, images: Tensor) -> None:
+    def image(self, step: int, images: Tensor) -> None:
         assert self.writer is not None
         self.writer.add_images(f"{self.name}/samples", images.cpu(), self.seen, dataformats="NHWC")
 

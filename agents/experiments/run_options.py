@@ -28,10 +28,10 @@ def option(default: Any, text: str, rare: bool = False) -> Any:
 class Preset:
     """What all runs have in common. Every field is an option of the command line."""
 
-    images: int = option(1600, "budget of each run in reward calls, one for each picture decoded")
+    images: int = option(1600, "budget of each run in reward calls, one for each image decoded")
     seconds: float = option(0.0, "cap on the training time of each run, which then is compared with none; 0 for none")
     learning_rate: float = option(5e-5, "AdamW's")
-    group_size: int = option(8, "G, pictures for each prompt; prefixes for each in VMR's prefix updates")
+    group_size: int = option(8, "G, images for each prompt; prefixes for each in VMR's prefix updates")
     prompts_per_update: int = option(8, "P, so that an update learns from P * G rows")
     kl_coef: float = option(0.02, "weight of the KL to the base policy; 0 is without")
     temperature: float = option(1.0, "of the sampler while training")

@@ -151,7 +151,7 @@ class Comparison:
         return settings
 
     def result(self, cell: Cell, policy: Policy, best_of: int = 1, **more: Any) -> Result:
-        """Evaluate a policy on the test prompts, save the pictures and the result, and return it."""
+        """Evaluate a policy on the test prompts, save the images and the result, and return it."""
         tqdm.write(f"{cell}: evaluating on {len(self.test)} held-out prompts", file=sys.stderr)
         evaluation = evaluate(policy, self.env, self.test, self.decoding, NOISE_SEED, best_of=best_of)
         result = {

@@ -21,11 +21,11 @@ from var_env.scenes import scene_from_prompt
 from var_env.seeding import as_seed
 from var_env.unfamiliar import warn_of_prompt
 
-HOLD = 3  # the last picture of a GIF stays this many times as long
+HOLD = 3  # the last image of a GIF stays this many times as long
 
 
 def half_blocks(image: np.ndarray, columns: int) -> str:
-    """A picture ``(S, S, 3)`` as lines of text: each upper half block shows two pixels, in 24-bit ANSI colours."""
+    """An image ``(S, S, 3)`` as lines of text: each upper half block shows two pixels, in 24-bit ANSI colours."""
     pixels = np.asarray(Image.fromarray(image).resize((columns, (columns + 1) // 2 * 2), Image.Resampling.BOX))
     lines = []
     for top, bottom in zip(pixels[::2], pixels[1::2], strict=True):  # (columns, 3) each
@@ -38,33 +38,33 @@ def half_blocks(image: np.ndarray, columns: int) -> str:
 
 
 class Show:
-    """Called after each scale: keeps the pictures and prints them, each over the last one in a terminal."""
+    """Called after each scale: keeps the images and prints them, each over the last one in a terminal."""
 
     def __init__(self, columns: int, delay: float, quiet: bool) -> None:
         self.columns, self.delay, self.quiet = columns, delay, quiet
-        self.pictures: list[np.ndarray] = []  # (S, S, 3)
+        self.images: list[np.ndarray] = []  # (S, S, 3)
         self.frames: list[np.ndarray] = []  # with the token grids beside
 
     def __call__(self, envs: VARTextVectorEnv) -> None:
-        self.pictures.append(envs.tokenizer.decode(envs.canvas)[0].cpu().numpy())
+        self.images.append(envs.tokenizer.decode(envs.canvas)[0].cpu().numpy())
         frame = envs.render()
         assert frame is not None
         self.frames.append(frame[0])
         if self.quiet:
             return
-        text = half_blocks(self.pictures[-1], self.columns)
+        text = half_blocks(self.images[-1], self.columns)
         h, w = envs.schedule.grids[envs.t - 1]
-        again = len(self.pictures) > 1 and sys.stdout.isatty()
-        up = f"\x1b[{text.count(chr(10)) + 2}A" if again else ""  # over the last picture
+        again = len(self.images) > 1 and sys.stdout.isatty()
+        up = f"\x1b[{text.count(chr(10)) + 2}A" if again else ""  # over the last image
         print(f"{up}{text}\nscale {envs.t} of {len(envs.schedule)}, {h}x{w} tokens", flush=True)
         time.sleep(self.delay if sys.stdout.isatty() else 0)
 
 
 def save_png(path: Path, show: Show, envs: VARTextVectorEnv) -> None:
-    """The pictures of all scales in a row, titled with their grids."""
+    """The images of all scales in a row, titled with their grids."""
     titles = [f"{h}x{w}" for h, w in envs.schedule.grids]
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sample_sheet(np.stack(show.pictures), titles, len(titles))).save(path)
+    Image.fromarray(sample_sheet(np.stack(show.images), titles, len(titles))).save(path)
 
 
 def save_gif(path: Path, show: Show, delay: float) -> None:

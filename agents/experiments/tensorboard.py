@@ -10,7 +10,7 @@ from stable_baselines3.common.logger import HParam, Logger
 from torch.utils.tensorboard import SummaryWriter
 
 from agents.experiments.cells import METRICS, Result
-from agents.logs import EYES_ONLY
+from agents.logs import WITHOUT_IMAGES
 from var_env.faults import FAMILIES
 
 
@@ -22,7 +22,7 @@ def record_hparams(logger: Logger, settings: Mapping[str, Any], result: Result) 
     plain = {
         name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()
     }
-    logger.record("hparams", HParam(plain, metrics), exclude=EYES_ONLY)
+    logger.record("hparams", HParam(plain, metrics), exclude=WITHOUT_IMAGES)
 
 
 def write_layout(folder: Path) -> None:

@@ -1,14 +1,14 @@
 """The policy of FoundationVision's Infinity (Han et al., 2024, arXiv 2412.04431), for its public weights.
 
 A transformer over the scales as `VARPolicy`, with three differences: every block attends to the prompt, which a frozen
-T5 has encoded; queries and keys are turned by their place in the picture (RoPE in two dimensions); and the head says
+T5 has encoded; queries and keys are turned by their place in the image (RoPE in two dimensions); and the head says
 of each of a token's D bits how likely it is.
 
 Modules are named as in the public state dict. Get it with
 ``hf download FoundationVision/Infinity infinity_2b_reg.pth --local-dir .``, the tokenizer as in
 ``var_env/tokenizers/infinity_vae.py``, and the text encoder, google/flan-t5-xl, through transformers.
 
-Limits: square pictures, on the schedules of `infinity_schedule`; models that share one AdaLN among their blocks and
+Limits: square images, on the schedules of `infinity_schedule`; models that share one AdaLN among their blocks and
 have unit-length attention, as all that the public scripts name; no spatial patchify, and so not the 8B model. The
 public sampler's guidance on inner layers is absent; that on logits is `Decoding.guidance`.
 """

@@ -17,7 +17,7 @@ Turn = Callable[[Tensor], Tensor]  # of queries or keys (B, A, n, E), by the pla
 
 
 class Block(nn.Module):
-    """Attention to the picture, attention to the prompt, and a two-layer network."""
+    """Attention to the image, attention to the prompt, and a two-layer network."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Janus-Pro (arXiv 2501.17811), in the classes of transformers: plain autoregression over the tokens of one canvas.
 
-A Llama reads the prompt in its chat template and the begin-of-image token, then one code after the other, each embedded
-by a table and a small aligner; a head of its own predicts the next code. Every token is a step of the environment, 576
-in the public models. Teacher forcing is one forward pass all the same.
+A Llama reads the prompt in its chat template and the begin-of-image token, then one token after the other, each
+embedded by a table and a small aligner; a head of its own predicts the next token. Every token is a step of the
+environment, 576 in the public models. Teacher forcing is one forward pass all the same.
 
     policy = JanusPolicy.from_pretrained("deepseek-community/Janus-Pro-1B")
     envs = VARTextVectorEnv(8, size=384, tokenizer=policy.tokenizer)
@@ -201,8 +201,8 @@ class JanusPolicy(Policy):
     def hidden(self, cond: Cond, grids: Sequence[Tensor], steps: range) -> Tensor:
         x = self.language_model.embed_tokens(cond.ids)  # (B, P, W)
         if steps[-1] > 0:
-            codes = torch.cat(list(grids[: steps[-1]]), 1)  # (B, n - 1, 1)
-            x = torch.cat([x, self._embed(codes)], 1)
+            tokens = torch.cat(list(grids[: steps[-1]]), 1)  # (B, n - 1, 1)
+            x = torch.cat([x, self._embed(tokens)], 1)
         mask = F.pad(cond.mask, (0, steps[-1]), value=True)
         # transformers checkpoints in training mode only, which changes nothing else in a Llama without dropout.
         self.language_model.train(self.language_model.gradient_checkpointing)
@@ -219,10 +219,10 @@ class JanusPolicy(Policy):
 
     # Parts -------------------------------------------------------------------------------------------------------
 
-    def _embed(self, codes: Tensor) -> Tensor:
-        """Codes ``(B, n, 1)`` as the language model reads them, ``(B, n, W)``."""
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Tokens ``(B, n, 1)`` as the language model reads them, ``(B, n, W)``."""
         with self.autocast():
-            return self.generation_aligner(self.generation_embeddings(codes.squeeze(-1)))
+            return self.generation_aligner(self.generation_embeddings(tokens.squeeze(-1)))
 
     def _run(self, x: Tensor, mask: Tensor, past: Any = None) -> Tensor:
         """Last hidden states of the tokens ``x``, ``(B, n, W)``; ``mask`` is of these and of the cached ones."""

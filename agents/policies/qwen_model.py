@@ -12,9 +12,9 @@ reads from the canvas at its place.
   decoders of transformers are causal unless they are given a mask with four axes, and so they always get one here. It
   is additive, which both implementations of attention take the same way: "eager" would add True as a 1.
 - **Rotary positions** count on from the prompt, token by token, each grid row by row, as the decoder has learned to
-  count words; a raster is then read as text is. Where on the picture a token lies says a learned code of its place, 2-D
+  count words; a raster is then read as text is. Where on the image a token lies says a learned code of its place, 2-D
   at birth. The alternative, one position for a whole grid, learns more slowly in our world: 0.13 and 0.08 nats a token
-  behind after 2400 pictures (two seeds), most of it at the finest grid.
+  behind after 2400 images (two seeds), most of it at the finest grid.
 - **Padding** has no position, and nothing but itself looks at it: it may stand on either side, or not be there.
 - **Kernels.** "sdpa" is the default: torch then takes the fastest of its kernels that accepts a mask. The flash kernels
   know causal and full attention only and cannot run a block-causal mask, so they are refused.

@@ -41,7 +41,7 @@ class TablePolicy(Policy):
 
     Args:
         tokenizer: gives schedule and vocabulary; one code a token.
-        spread: standard deviation of the logits at birth; with 0 all codes are equally likely.
+        spread: standard deviation of the logits at birth; with 0 all tokens are equally likely.
         seed: of these logits.
 
     Raises:

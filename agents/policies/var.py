@@ -65,7 +65,7 @@ class VARPolicy(Policy):
         policy = VARPolicy.load_public("var_d16.pth", tokenizer)
         env = VARTextEnv(world=Classes(), tokenizer=tokenizer, reward=MyReward())
 
-    A reward that compares picture and prompt needs names: draw from ``labels`` then.
+    A reward that compares image and prompt needs names: draw from ``labels`` then.
 
     **Guidance.** The public sampler's ``cfg`` grows with the scale: its logits are ``(1 + t) * conditional - t * null``
     with ``t = cfg * k / (T - 1)`` at scale k = 0 .. T - 1. `Decoding.guidance` is the factor ``1 + t``, the same at all

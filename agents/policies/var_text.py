@@ -369,8 +369,8 @@ def byte_features(prompt: str, limit: int = MAX_PROMPT_BYTES) -> np.ndarray:
 
 
 def scale_positions(grids: Sequence[tuple[int, int]], width: int) -> Tensor:
-    """Sine codes of every token's place in the picture and of its scale, `(L, width)`, at the size of embeddings."""
-    frequencies = torch.exp(torch.linspace(0, 4, width // 4))  # 1 to 55 radians across the picture
+    """Sine codes of every token's place in the image and of its scale, `(L, width)`, at the size of embeddings."""
+    frequencies = torch.exp(torch.linspace(0, 4, width // 4))  # 1 to 55 radians across the image
     rows = []
     for h, w in grids:
         y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")

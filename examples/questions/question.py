@@ -38,9 +38,9 @@ each has --seeds of its own; a last call with all seeds trains nothing and colle
 training, and is 0, no cap, unless given: arms that end early do not compare.
 """
 INTERVALS = """\
-All arms start from the same base policy and spend {images} reward calls a run: each picture that is decoded and scored
+All arms start from the same base policy and spend {images} reward calls a run: each image that is decoded and scored
 counts one, so a prefix that VMR values from K suffixes costs K. Scores are those of {prompts} held-out prompts, one
-picture each, drawn with the same noise for all. Intervals: 95 %, bootstrap over prompts, an arm's seeds averaged prompt
+image each, drawn with the same noise for all. Intervals: 95 %, bootstrap over prompts, an arm's seeds averaged prompt
 by prompt. They do not tell how far another seed would end up; that is the standard error over seeds beside them, of
 differences between runs of the same seed, which see the same training prompts."""
 

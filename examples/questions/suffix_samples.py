@@ -5,12 +5,12 @@
     python examples/questions/suffix_samples.py --preset full --seeds 0 # hours: one process of several, a seed each
 
 The paper finds that K = 4 suffixes are worse than 2 (Table 5) and suspects the mask, and variance. So K = 1, 2, 4 meets
-no mask and MP's three ways to combine the masks of a prefix's K pictures (--suffix-masks: union, intersection, mean).
+no mask and MP's three ways to combine the masks of a prefix's K images (--suffix-masks: union, intersection, mean).
 
-Measured on prefix updates of the base policy, nothing learned, --pictures reward calls for each K, so that a larger K
-has fewer prefixes; --batches batches a seed; the same batches for all masks:
+Measured on prefix updates of the base policy, nothing learned, --batch-images reward calls for each K, so that a larger
+K has fewer prefixes; --batches batches a seed; the same batches for all masks:
 
-- the mask's size at each scale, and the share of prefixes that have a picture in which nothing was read, whose union is
+- the mask's size at each scale, and the share of prefixes that have an image in which nothing was read, whose union is
   everything;
 - the variance of the prefixes' values within a prompt, and the share of it that is the prefix's own and not its
   suffixes' noise;
@@ -54,10 +54,10 @@ BATCHES = {"quick": 4, "full": 32}
 TITLE = "Why do more than two suffixes a prefix hurt with Mask Propagation?"
 ABOUT = """
 The paper finds K = 4 suffixes worse than 2 and suspects the mask's compatibility, and variance (section 4.4). Here K
-meets no mask, and MP's three ways to combine the masks of a prefix's K pictures.
+meets no mask, and MP's three ways to combine the masks of a prefix's K images.
 """
 MEASURED = """\
-Prefix updates of the base policy, m = {m}, {pictures} reward calls a batch whatever K, {batches} batches; the same
+Prefix updates of the base policy, m = {m}, {images} reward calls a batch whatever K, {batches} batches; the same
 batches for all masks. Means, and standard errors over the batches. *Decided*: the share of the values' variance within
 a prompt that is the prefix's own and not the noise of its K suffixes; for K = 1 from the components that K = 2 shows.
 *Reliability*: the cosine between the gradients of two halves of a batch, all scales of the prefix together. *Signal to
@@ -68,7 +68,7 @@ Measurement = dict[str, Any]  # of one batch: K, value_variance, between, within
 
 
 def arms() -> list[Arm]:
-    """With one picture a row, all ways to combine are the same."""
+    """With one image a row, all ways to combine are the same."""
     found = []
     for k in SAMPLES:
         found.append(Arm(f"k{k}-none", "vmr+panw", {"suffix_samples": k}))
@@ -95,7 +95,7 @@ def prefix_agent(comparison: Comparison, args: argparse.Namespace, mask: str, k:
         | {
             "suffix_samples": k,
             "group_size": settings.group_size,
-            "prompts_per_update": args.pictures // (settings.group_size * k),
+            "prompts_per_update": args.batch_images // (settings.group_size * k),
             "kl_coef": 0.0,
             "micro_batch": 64,
             "image_interval": 0,
@@ -158,7 +158,7 @@ def measured(comparison: Comparison, args: argparse.Namespace, seeds: Sequence[i
     config = {
         **{name: comparison.config[name] for name in (*WORLD, "group_size", "temperature")},
         **{name: value for name, value in comparison.method.items() if name not in ("suffix_samples", "suffix_masks")},
-        "pictures": args.pictures,
+        "pictures": args.batch_images,
         "batches": args.batches,
     }
     found = []
@@ -238,7 +238,7 @@ def measured_table(lines: Sequence[dict[str, Any]]) -> str:
         for line in lines
     ]
     kept = f"Mask kept at {', '.join(lines[0]['scales'])}"
-    headers = ["K", "Mask", kept, "Prefixes with an unread picture", "Variance of values", "Decided"]
+    headers = ["K", "Mask", kept, "Prefixes with an unread image", "Variance of values", "Decided"]
     return table([*headers, "Reliability", "Cosine between scales", "Signal to noise"], rows)
 
 
@@ -264,7 +264,9 @@ def draw_measured(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is measured")
-    group.add_argument("--pictures", type=int, default=512, help="reward calls of a batch (default: %(default)s)")
+    group.add_argument(
+        "--batch-images", "--pictures", type=int, default=512, help="reward calls of a batch (default: %(default)s)"
+    )
     counts = ", ".join(f"{count} in {preset}" for preset, count in BATCHES.items())
     group.add_argument("--batches", type=int, help=f"for each K and seed (default: {counts})")
     group.add_argument("--stop-after", choices=["measuring"], help="train nothing")
@@ -273,9 +275,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Set what depends on the preset. ``ValueError`` for options that make no sense here."""
     args.batches = BATCHES[args.preset] if args.batches is None else args.batches
-    prompt = max(SAMPLES) * args.settings.group_size  # pictures of one prompt for the largest K
-    if args.pictures < 2 * prompt or args.pictures % prompt:
-        raise ValueError(f"--pictures must be a multiple of {prompt}, at least {2 * prompt}, got {args.pictures}")
+    prompt = max(SAMPLES) * args.settings.group_size  # images of one prompt for the largest K
+    if args.batch_images < 2 * prompt or args.batch_images % prompt:
+        raise ValueError(
+            f"--batch-images must be a multiple of {prompt}, at least {2 * prompt}, got {args.batch_images}"
+        )
     if args.batches < 1:
         raise ValueError(f"--batches must be at least 1, got {args.batches}")
     for name in ("suffix_samples", "suffix_masks"):
@@ -291,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = measured(comparison, args, args.seeds)
     lines = summarise(batches)
     m = len(lines[0]["scales"])
-    about = MEASURED.format(m=m, pictures=args.pictures, batches=args.batches * len(args.seeds))
+    about = MEASURED.format(m=m, images=args.batch_images, batches=args.batches * len(args.seeds))
     draw_measured(args.out / "measured.png", lines)
     write_json(args.out / "measured.json", lines)
     sections = ["## Measured", about, measured_table(lines), "![Measured](measured.png)"]

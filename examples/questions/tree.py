@@ -4,7 +4,7 @@
     python examples/questions/tree.py --preset full --seeds 0     # hours: one process of several, with a seed each
     python examples/questions/tree.py --forks 3 --branching "(4, 2)" --out runs/questions/tree-m3
 
-VMR draws K suffixes to value a prefix and throws them away; Tree GRPO learns from every picture it decodes, all scales
+VMR draws K suffixes to value a prefix and throws them away; Tree GRPO learns from every image it decodes, all scales
 at once, with the soft value of each node against its siblings' (agents/tree.py). Arms: grpo, vmr+panw+mp, tree,
 tree+panw+mp. The first is what the others are compared with.
 """
@@ -23,7 +23,7 @@ REFERENCE = "grpo"
 TITLE = "Does it pay not to throw VMR's suffixes away?"
 ABOUT = """
 VMR values a prefix by K suffixes, which it does not learn from. Tree GRPO forks too, gives each node the soft value of
-its leaves (eq. 10, level by level), and every picture trains every scale: it makes as many updates as vanilla GRPO of
+its leaves (eq. 10, level by level), and every image trains every scale: it makes as many updates as vanilla GRPO of
 the same reward calls.
 """
 

@@ -1,6 +1,6 @@
 """The interface of a visual tokenizer: what the environment and the policies ask of it.
 
-A picture is T token grids, and the *canvas* is all that is known of it so far: grids are written on it one after the
+An image is T token grids, and the *canvas* is all that is known of it so far: grids are written on it one after the
 other, policies read their input from it, and at any time it can be decoded. Everything is a pure function of its
 inputs. Forks of an episode share a canvas, so nothing may change one in place.
 
@@ -39,7 +39,7 @@ class VisualTokenizer(nn.Module, ABC):
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures in pixels."""
+        """Height and width of the images in pixels."""
         return self.schedule.canvas[0] * self.schedule.patch
 
     @property
@@ -69,7 +69,7 @@ class VisualTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, canvas: Tensor) -> Tensor:
-        """The picture of a canvas at any t: uint8 ``(B, S, S, 3)``."""
+        """The image of a canvas at any t: uint8 ``(B, S, S, 3)``."""
 
     def read_all(self, grids: Sequence[Tensor], until: int, batch: int) -> list[Tensor]:
         """``read`` for grids 0 to ``until``, each from the canvas of those before it; for teacher forcing.

@@ -6,7 +6,7 @@ policy reads the canvas by linear interpolation, too, down as well as up.
 
 Get the public file with ``hf download FoundationVision/Infinity infinity_vae_d32reg.pth --local-dir .``. Its modules
 carry one more name, "conv" or "norm", than ours. Absent here: the variant of 8 pixels a token, whose grids the public
-code folds 2 x 2 ("spatial patchify"), pictures that are not square, and video.
+code folds 2 x 2 ("spatial patchify"), images that are not square, and video.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESOLUTIONS = {256: 7, 512: 10, 768: 12, 1024: 13}  # px to the number of grids,
 
 
 def infinity_schedule(resolution: int) -> ScaleSchedule:
-    """The public schedule for square pictures. ``ValueError`` for a resolution that it does not have.
+    """The public schedule for square images. ``ValueError`` for a resolution that it does not have.
 
     Example:
         >>> infinity_schedule(256).grids[-1]

@@ -1,6 +1,6 @@
 """Janus-Pro's visual tokenizer (arXiv 2501.17811), which is LlamaGen's (arXiv 2406.06525), as transformers has it.
 
-A VQ autoencoder of one scale: 384-pixel pictures are 24 x 24 tokens of 16 pixels, of 16384 codes with 8 channels, drawn
+A VQ autoencoder of one scale: 384-pixel images are 24 x 24 tokens of 16 pixels, of 16384 codes with 8 channels, drawn
 row by row. Codes are unit vectors: the stored ones are normalised wherever they are used.
 """
 
@@ -19,7 +19,7 @@ from var_env.tokenizers.base import from_unit, to_unit
 from var_env.tokenizers.raster import RasterTokenizer
 from var_env.weights import load_config_and_weights, load_weights
 
-ROWS = 16  # pictures that pass through the convolutions at once: a layer at 384 pixels takes 75 MB for each
+ROWS = 16  # images that pass through the convolutions at once: a layer at 384 pixels takes 75 MB for each
 
 
 class JanusTokenizer(RasterTokenizer):
@@ -89,6 +89,6 @@ class JanusVQ(nn.Module):
 
     @torch.no_grad()
     def decode(self, canvas: Tensor) -> Tensor:
-        """The picture of a canvas at any t: uint8 ``(B, S, S, 3)``."""
+        """The image of a canvas at any t: uint8 ``(B, S, S, 3)``."""
         parts = [self.vq.decoder(self.vq.post_quant_conv(part)) for part in canvas.split(ROWS)]
         return from_unit(torch.cat(parts))

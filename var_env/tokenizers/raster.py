@@ -1,6 +1,6 @@
 """Raster autoregression in the same environment: one grid of tokens, drawn token by token, row by row.
 
-The picture is quantised once, at one scale, and every token is a step of its own. This is what plain autoregressive
+The image is quantised once, at one scale, and every token is a step of its own. This is what plain autoregressive
 models do (LlamaGen, Janus), and the degenerate case of next-scale prediction: T = H * W grids of 1 x 1.
 """
 

@@ -8,7 +8,7 @@ Encoding walks the scales::
             residual = residual - phi_t(upsample(codebook[a_t]))
 
 and decoding adds the same terms up on a *canvas*, the accumulated feature map of the tokens so far, which a small
-convolutional network turns into pixels at any t. The canvas is the whole state of the picture: policies read
+convolutional network turns into pixels at any t. The canvas is the whole state of the image: policies read
 their input from it, and a fork copies it.
 
 Images are cut into 8-pixel patches by a reshape, and all convolutions run on the 8 x 8 patch grid, which makes it
@@ -111,7 +111,7 @@ class MultiScaleTokenizer(VisualTokenizer):
 
     @torch.no_grad()
     def decode(self, canvas: Tensor) -> Tensor:
-        """The picture of a canvas at any t: uint8 ``(B, S, S, 3)``."""
+        """The image of a canvas at any t: uint8 ``(B, S, S, 3)``."""
         return from_unit(self.decoder(canvas))
 
     # Its parts, which pretraining uses too -----------------------------------------------------------------------
