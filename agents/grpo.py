@@ -44,7 +44,7 @@ DYNAMIC_SAMPLING = ("keep", "drop", "resample")
 
 @register("grpo")
 class GRPO(LogProbs):
-    """Group relative policy optimisation: an image is judged against the other images of its prompt.
+    """Group relative policy optimisation: rewards are compared within a prompt's group.
 
     Args:
         policy, env: and more keywords, as in `LogProbs` and `Agent`.

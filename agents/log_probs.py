@@ -125,7 +125,7 @@ class LogProbs(Agent):
         return losses.log_probs(policy(cond, grids, steps), chosen, support)
 
     def logp(self, policy: Policy, filled: Tensor | None, rollout: Rollout, rows: Tensor, steps: range) -> Tensor:
-        """Log-probabilities of some rows, ``(b, n)``: those in ``filled``, ``(B, n)``, or computed if ``None``."""
+        """Log-probabilities of some rows, ``(b, n)``: those in ``filled``, ``(B, n)``; computed if it is ``None``."""
         return self.log_probs(policy, rollout, rows, steps).logp if filled is None else filled[rows]
 
     def old_log_probs(self, rollout: Rollout, steps: range) -> Tensor:

@@ -100,7 +100,7 @@ def overlap(coarse: int, fine: int) -> Tensor:
 
 @register("mp")
 class MaskPropagation(Wrapper):
-    """Gates the policy term of the loss by a mask: the regions that the reward looked at, propagated to all scales.
+    """Gates the policy term by the propagated mask of what the reward looked at.
 
     The KL term is not gated. A row with K images, such as a prefix of VMR, has K masks and one advantage. By default
     its mask is their union, because each image shows what became of the row. The union grows with K. When nothing was

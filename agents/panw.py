@@ -30,7 +30,7 @@ def panw_weights(schedule: ScaleSchedule, alpha: float, steps: range | None = No
 
 @register("panw")
 class PANW(Wrapper):
-    """Weights tokens by the size of their grid, so that the many fine tokens do not dominate the few coarse ones.
+    """Weights tokens by the size of their grid, so that fine grids do not dominate.
 
     The weights are `panw_weights` over the grids of an update. All terms of the loss get them: policy, KL and entropy.
 

@@ -48,7 +48,7 @@ def middle_return(returns: Tensor, eta: float) -> Tensor:
 
 @register("vmr")
 class VMR(GRPO):
-    """Two-stage GRPO: prefix updates learn from the soft value of suffixes, suffix updates from the rewards.
+    """Two-stage GRPO: prefixes learn from the soft value of their suffixes, then suffixes learn.
 
     Args:
         policy, env: and more keywords, as in `GRPO`.
