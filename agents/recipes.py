@@ -49,7 +49,10 @@ VARIANTS: dict[str, Variant] = {  # algorithms that are options of another
     ),
 }
 # Modules whose import registers.
-HOMES = ("grpo", "reinforce", "rloo", "raft", "best_of_n", "ppo", "vmr", "tree", "panw", "mask_propagation", "stage")
+HOMES = (
+    *("grpo", "reinforce", "rloo", "raft", "best_of_n", "ppo", "vmr", "tree"),
+    *("panw", "mask_propagation", "local_credit", "stage"),
+)
 
 
 def known() -> Registry[type]:

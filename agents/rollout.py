@@ -27,6 +27,7 @@ from agents.policies.base import Policy
 from agents.sampling import Decoding, Draw, SharedNoise, draw
 from agents.timing import timed
 from rewards.base import Reward, RewardOutput
+from rewards.components import Component
 from rewards.serving.pool import RewardPool, join
 from var_env import mdp
 from var_env.env import VARTextEnv
@@ -79,6 +80,7 @@ class Rollout:
     reads: bool  # whether the reward looked for words; if not, nobody did
     regions: list[np.ndarray]  # B * K of (number found, 4), xyxy in pixels
     seconds: dict[str, float]  # "sampling", "reward", "decode", the rest of the environment, and "ahead" with a pool
+    components: list[list[Component]] = field(default_factory=list)  # B * K, each empty where the reward gives none
     advantages: Tensor | None = None  # (B,) or (B, n), once an algorithm has judged the rows
     forks: Forks = ()  # where the images of a prompt parted, see `collect`
     # What the policies say of these rows before the update, n being the tokens of the grids that it learns.
@@ -86,6 +88,9 @@ class Rollout:
     ref_logp: Tensor | None = None  # (B, n) float32, of the reference
     features: Tensor | None = None  # (B, T, W) float32, what PPO's critic sees of the state before each grid
     version: int | None = None  # of the policy's weights that these are of, see `weights_version`
+
+    def __post_init__(self) -> None:
+        self.components = self.components or [[]] * len(self.images)
 
     @property
     def grids(self) -> list[Tensor]:
@@ -164,6 +169,7 @@ class Rollout:
             images=self.images[images],
             words_read=[self.words_read[image] for image in images],
             regions=[self.regions[image] for image in images],
+            components=[self.components[image] for image in images],
             advantages=None if self.advantages is None else self.advantages[on_device],
             **{name: values[on_device] for name, values in self.before_update().items()},
         )
@@ -186,6 +192,7 @@ class Rollout:
             images=np.concatenate([rollout.images for rollout in rollouts]),
             words_read=[words for rollout in rollouts for words in rollout.words_read],
             regions=[boxes for rollout in rollouts for boxes in rollout.regions],
+            components=[found for rollout in rollouts for found in rollout.components],
             seconds={name: sum(rollout.seconds[name] for rollout in rollouts) for name in first.seconds},
             advantages=None,
             **joined,
@@ -203,6 +210,7 @@ class Rollout:
             words_read=found.words,
             reads=found.reads_words,
             regions=found.regions,
+            components=found.components,
         )
 
     def summary(self, processes: Processes = Processes()) -> dict[str, float]:  # noqa: B008 (alone)

@@ -54,6 +54,7 @@ from agents.logs import open_logger
 from agents.policies.var_text import VARTextPolicy
 from agents.saving.folder import state_of
 from rewards import HasWords, Reward, RewardOutput
+from rewards.components import Component
 from var_env import ScaleSchedule, Tokenizer, VARTextVectorEnv
 
 FORK = multiprocessing.get_context("fork")  # what is imported need not be imported again
@@ -77,7 +78,9 @@ class Brightness(Reward):
     def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
         count, box = len(images), np.array([[0, 0, 8, 8]], np.float32)
         mean = images.mean((1, 2, 3)).astype(np.float32) / 255
-        return RewardOutput(mean, {"mean": mean}, [["SEEN"]] * count, [[0.5]] * count, [box] * count)
+        output = RewardOutput(mean, {"mean": mean}, [["SEEN"]] * count, [[0.5]] * count, [box] * count)
+        output.components = [[Component("mean", (0,), float(value), box)] for value in mean]
+        return output
 
 
 def world() -> VARTextVectorEnv:

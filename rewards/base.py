@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rewards.components import Component, checked
 from rewards.invisible import visible
 from rewards.reason import reason
 
@@ -37,6 +38,8 @@ class RewardOutput:
         confidences: per image, one number in [0, 1] for each of `words`.
         regions: per image, the boxes of the text lines or objects found, (n, 4) float32 as x0, y0, x1, y1 in pixels.
         applicable: (B,) bool, where there is a score; everywhere, unless it is given.
+        components: per image, the parts of its score with their places, see `Component`. They need not add up to the
+            score. Empty lists for a reward that gives none.
         reads: whether the reward looks for words or regions at all, which it does if it gave a list of them.
         reads_words: whether it looks for words. True with empty lists, when it found none.
     """
@@ -47,6 +50,7 @@ class RewardOutput:
     confidences: list[list[float]] = field(default_factory=list)
     regions: list[NDArray[np.float32]] = field(default_factory=list)
     applicable: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))  # (B,)
+    components: list[list[Component]] = field(default_factory=list)
     reads: bool = field(init=False)
     reads_words: bool = field(init=False)
 
@@ -67,7 +71,8 @@ class RewardOutput:
         self.words = self.words or [[] for _ in range(count)]
         self.confidences = self.confidences or [[] for _ in range(count)]
         self.regions = self.regions or [np.zeros((0, 4), np.float32) for _ in range(count)]
-        for name in ("words", "confidences", "regions"):
+        self.components = [list(map(checked, found)) for found in self.components] or [[] for _ in range(count)]
+        for name in ("words", "confidences", "regions", "components"):
             length = len(getattr(self, name))
             if length != count:
                 raise ValueError(f"{name} holds {length} entries, expected {count}, one an image")

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rewards.base import HasWords, Reward, RewardOutput, check_count
+from rewards.components import Component
 
 
 def combine(
@@ -63,7 +64,8 @@ class Combined(Reward):
     Parts: each reward's score as it gave it, before `normalise`, under its name, as in "ocr", and each of its parts
     behind a slash, as in "ocr/word_accuracy". Words and confidences are those of the first reward, in the order
     of `rewards` and whatever its weight, that looks for words, and regions those of the first that reads images at all.
-    So name the one that Mask Propagation and the evaluation are to go by before the others.
+    So name the one that Mask Propagation and the evaluation are to go by before the others. Components are those of all
+    rewards with a weight that give some, as large as they are in the sum, with kinds such as "ocr/letter".
 
     Args:
         rewards: the rewards by name.
@@ -160,4 +162,14 @@ class Combined(Reward):
         lists = [(output.words, output.confidences) for output in outputs.values() if output.reads_words]
         words, confidences = lists[0] if lists else ([], [])
         regions = next((output.regions for output in outputs.values() if output.reads), [])
-        return RewardOutput(scores.astype(np.float32), parts, words, confidences, regions, applicable)
+        components = [self._components(outputs, image) for image in range(len(images))]
+        return RewardOutput(scores.astype(np.float32), parts, words, confidences, regions, applicable, components)
+
+    def _components(self, outputs: Mapping[str, RewardOutput], image: int) -> list[Component]:
+        """The components of the rewards that count, as large as they are in the mixture's score."""
+        found: list[Component] = []
+        for name, weight in self.weights.items():
+            low, high = self.ranges.get(name, (0.0, 1.0))
+            if weight and outputs[name].applicable[image]:
+                found += [part.scaled(weight / (high - low), f"{name}/") for part in outputs[name].components[image]]
+        return found

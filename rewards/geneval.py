@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rewards.base import HasWords, Reward, RewardOutput, check_count
+from rewards.components import Component
 from rewards.detection import Detection, Detector
 
 KINDS = ("count", "colour", "position")
@@ -143,7 +144,8 @@ class GenEval(Reward):
     applicable. What counts as found, and how sure of it the detector must be, is the detector's business.
 
     Parts: count, colour and position, the mean over the clauses of that kind; not applicable to a scene without any.
-    The regions are the boxes of the objects found.
+    The regions are the boxes of the objects found. The components are the clauses, which add up to the score; the place
+    of one is where its objects were found.
 
     Args:
         detector: "grounding_dino", or an object with its `detect` (see `detection.Detector`).
@@ -193,11 +195,16 @@ class GenEval(Reward):
         applicable = np.array([bool(listed) for listed in clauses], bool)
         found = self.detect(images, clauses)
         scores = np.zeros(len(images), np.float32)
+        components: list[list[Component]] = [[] for _ in images]
         parts: dict[str, list[float | None]] = {kind: [None] * len(images) for kind in KINDS}
         for i in np.flatnonzero(applicable).tolist():
             colour_of = partial(self.colour_of, images[i])
             met = [score_clause(clause, found[i], colour_of) for clause in clauses[i]]
             scores[i] = np.mean(met)
+            components[i] = [
+                Component("clause", (index,), value / len(met), boxes_of(clause, found[i]))
+                for index, (clause, value) in enumerate(zip(clauses[i], met, strict=True))
+            ]
             for kind in {clause.kind for clause in clauses[i]}:
                 of_kind = [value for clause, value in zip(clauses[i], met, strict=True) if clause.kind == kind]
                 parts[kind][i] = sum(of_kind) / len(of_kind)
@@ -206,6 +213,7 @@ class GenEval(Reward):
             {kind: np.array(values, object) for kind, values in parts.items()},
             regions=[np.array([one.box for one in detections], np.float32).reshape(-1, 4) for detections in found],
             applicable=applicable,
+            components=components,
         )
 
     def detect(self, images: NDArray[np.uint8], clauses: Sequence[Sequence[Clause]]) -> list[list[Detection]]:
@@ -224,6 +232,12 @@ class GenEval(Reward):
                     raise ValueError(f"the detector found {one} in image {i}, when asked for {', '.join(wanted)}")
             found[i] = list(answer)
         return found
+
+
+def boxes_of(clause: Clause, detections: Sequence[Detection]) -> NDArray[np.float32] | None:
+    """Where the objects of a clause were found, (n, 4); None where there are none."""
+    boxes = [one.box for one in detections if one.label in (clause.label, clause.other)]
+    return np.array(boxes, np.float32) if boxes else None
 
 
 def clauses_of(scene: HasWords, index: int) -> list[Clause]:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rewards.alignment import ReadWord, Worth, text_components, words_in
 from rewards.base import HasWords, Reward, RewardOutput
+from rewards.components import Component
 from rewards.ocr_engines import Engine, get_engine
 from rewards.text_metrics import (
     bag_distance,
@@ -123,21 +125,32 @@ class TextReward(Reward):
     ) -> dict[str, float]:
         """One image's reward, under "total", and its `terms`, from the target words and the words read."""
 
+    def worth(self, targets: Sequence[str], read: Sequence[ReadWord]) -> Worth | None:
+        """What letters and words add to one image's reward. None, as here, for a reward that gives no components."""
+        return None
+
+    def components(self, targets: Sequence[str], read: Sequence[ReadWord]) -> list[Component]:
+        """The parts of one image's reward, see `alignment.text_components`."""
+        worth = self.worth(targets, read)
+        return [] if worth is None else text_components(targets, read, worth)
+
     def describe(self) -> dict[str, str]:
         return self.engine.describe()
 
     def score(self, images: NDArray[np.uint8], scenes: Sequence[HasWords]) -> RewardOutput:
         lines_of = self.engine.read(images)
-        words = [[word for line in lines for word in line.text.split()] for lines in lines_of]
-        confidences = [[line.confidence for line in lines for _ in line.text.split()] for lines in lines_of]
-        rows = []
-        for scene, read, confidence in zip(scenes, words, confidences, strict=True):
+        found = [words_in(lines) for lines in lines_of]
+        words = [[word.text for word in read] for read in found]
+        confidences = [[word.confidence for word in read] for read in found]
+        rows, components = [], []
+        for scene, placed, read, confidence in zip(scenes, found, words, confidences, strict=True):
             targets = [word for text in scene.words for word in text.split()]
             row = self.score_words(targets, read, confidence)
             row["word_accuracy"] = word_accuracy(targets, read)
             row["ned"] = normalized_edit_distance(targets, read)
             row["nothing_read"] = float(not read)
             rows.append(row)
+            components.append(self.components(targets, placed))
         names = ("total", *self.terms, "word_accuracy", "ned", "nothing_read")
         parts = {name: np.array([row[name] for row in rows], dtype=np.float32) for name in names}
         return RewardOutput(
@@ -146,6 +159,7 @@ class TextReward(Reward):
             words=words,
             confidences=confidences,
             regions=[np.array([line.box for line in lines], np.float32).reshape(-1, 4) for lines in lines_of],
+            components=components,
         )
 
 
@@ -156,6 +170,10 @@ class OCRReward(TextReward):
     -penalty_weight when nothing is read.
 
     Parts: completeness, similarity and penalty (eqs. 12-14), and those of `TextReward`.
+
+    Components: words (eq. 12), letters (eq. 14) and spurious letters (eq. 13), see `alignment.text_components`. They
+    add up to the score of a right text; of others they leave out that eq. 13 also charges for letters that are missing,
+    and that eq. 11 divides by the longer of two words.
 
     Args:
         engine, threads, engine_kwargs: see `TextReward`.
@@ -181,3 +199,12 @@ class OCRReward(TextReward):
         self, targets: Sequence[str], read: Sequence[str], confidences: Sequence[float]
     ) -> dict[str, float]:
         return asdict(score_text(targets, read, confidences, self.penalty_weight))
+
+    def worth(self, targets: Sequence[str], read: Sequence[ReadWord]) -> Worth:
+        lengths, shown = [len(normalize(word)) for word in targets], sum(len(normalize(word.text)) for word in read)
+        n = len(targets)
+        return Worth(
+            letter=[1 / (n * length) for length in lengths],  # eqs. 11 and 14, where nothing is left over
+            word=1 / n,  # eq. 12
+            spurious=-self.penalty_weight / (sum(lengths) + shown),  # eq. 13
+        )

@@ -8,6 +8,8 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
+from rewards.alignment import ReadWord, Worth
+from rewards.components import Component
 from rewards.ocr import TextReward
 from rewards.ocr_engines import Engine
 from rewards.text_metrics import normalize, normalize_targets
@@ -58,6 +60,9 @@ class OCREditReward(TextReward):
 
     Parts: edit_distance (N_e), and those of `TextReward`.
 
+    Components: letters and spurious letters, an edit each, see `alignment.text_components`. They add up to the score
+    where the words are read in their order and N_e is at most N_ref.
+
     Args:
         engine, threads, engine_kwargs: see `TextReward`.
         variant: "paper", or "flow_grpo" for the public program's rule; see `edit_counts`.
@@ -84,3 +89,10 @@ class OCREditReward(TextReward):
     ) -> dict[str, float]:
         edits, length = edit_counts(targets, read, self.variant)
         return {"total": max(1 - edits / length, 0.0), "edit_distance": edits}
+
+    def components(self, targets: Sequence[str], read: Sequence[ReadWord]) -> list[Component]:
+        return super().components(targets, [word._replace(confidence=1.0) for word in read])
+
+    def worth(self, targets: Sequence[str], read: Sequence[ReadWord]) -> Worth:
+        each = 1 / len(_join([normalize(word) for word in targets]))
+        return Worth([each] * len(targets), word=0.0, spurious=-each)

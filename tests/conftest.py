@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rewards.base import Reward, RewardOutput
+from rewards.components import Component
 from var_env import ScaleSchedule, Tokenizer
 
 # The files that take longest. Processes that share the tests begin with them, or one would end long after the others.
@@ -24,7 +25,8 @@ def pytest_collection_modifyitems(items):
 
 
 class Brightness(Reward):
-    """Scores the mean brightness of the image and claims to have read a fixed word; counts its calls."""
+    """Scores the mean brightness of the image, whose parts are its halves, and claims to have read a fixed word; counts
+    its calls."""
 
     name = "brightness"
 
@@ -36,7 +38,16 @@ class Brightness(Reward):
         mean = images.mean((1, 2, 3)).astype(np.float32) / 255
         box = np.array([[0, 0, 8, 8]], np.float32)
         count = len(images)
-        return RewardOutput(mean, {"mean": mean}, [["SEEN"]] * count, [[0.5]] * count, [box] * count)
+        halves = [[self.half(image, i) for i in range(2)] for image in images]
+        return RewardOutput(mean, {"mean": mean}, [["SEEN"]] * count, [[0.5]] * count, [box] * count, components=halves)
+
+    @staticmethod
+    def half(image, i):
+        """The upper or the lower one."""
+        middle, side = len(image) // 2, image.shape[1]
+        rows = slice(i * middle, (i + 1) * middle)
+        place = np.array([[0, rows.start, side, rows.stop]], np.float32)
+        return Component("half", (i,), image[rows].mean() / 255 / 2, place)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from var_env.attributes import (
     colour_attributes,
     colours_asked,
     contrast_ratio,
-    counterparts,
     letter_fates,
     shares,
     text_attributes,
@@ -135,22 +134,6 @@ class TestLetters:
         assert letter_fates("cafe", "chfe", partners) == ["right", "confused", "right", "right"]
         assert letter_fates("cafe", "cxf", partners) == ["right", "other", "right", "other"]
         assert letter_fates("cafe", "cafes", partners) == ["right"] * 4
-
-    @pytest.mark.parametrize(
-        ("read", "expected"),
-        [
-            (["elk", "run"], ["elk", "run"]),
-            (["run", "elk"], ["elk", "run"]),  # whatever the order
-            (["run"], [None, "run"]),
-            (["elx"], ["elx", None]),
-            (["el", "k", "run"], ["elk", "run"]),  # a word that was split
-            (["elk", "zzz"], ["elk", "zzz"]),  # something stands there
-            (["elk", "run", "zzz"], ["elk", "run"]),
-            ([], [None, None]),
-        ],
-    )
-    def test_counterparts(self, read, expected):
-        assert counterparts(["elk", "run"], read) == expected
 
     def test_case_and_blanks_in_a_target(self):
         scene = replace(scene_from_prompt('"ELK RUN"'), words=("ELK RUN",))

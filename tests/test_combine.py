@@ -15,6 +15,7 @@ import rewards
 from agents import VMR, MaskPropagation
 from rewards.base import Reward, RewardOutput
 from rewards.combine import Combined, combine
+from rewards.components import Component
 from var_env import VARTextVectorEnv, World
 from var_env.scenes import render
 
@@ -163,6 +164,17 @@ def test_words_and_regions_are_those_of_the_first_that_reads():
     nothing = Says(1, 2, 3, words=[[], [], []])
     assert Combined({"nothing": nothing, "other": other}, {"nothing": 1, "other": 1})(IMAGES, SCENES).words == [[]] * 3
     assert not Combined({"blind": blind}, {"blind": 1})(IMAGES, SCENES).reads
+
+
+def test_components_are_as_large_as_in_the_sum():
+    parts = [[Component("letter", (0, 0), 1.0)], [Component("letter", (0, 0), 0.5)], [Component("letter", (0, 0), 9.0)]]
+    text = Says(1, 2, None, components=parts)
+    mixture = Combined({"text": text, "plain": Says(1, 2, 3), "watch": text}, {"text": 3, "plain": 1, "watch": 0})
+    expected = [[Component("text/letter", (0, 0), value)] for value in (3.0, 1.5)] + [[]]
+    assert mixture(IMAGES, SCENES).components == expected
+    ranged = Combined({"text": text}, {"text": -1}, {"text": (0, 4)})
+    assert [found[0].value for found in ranged(IMAGES, SCENES).components[:2]] == [-0.25, -0.125]
+    assert Combined({"plain": Says(1, 2, 3)}, {"plain": 1})(IMAGES, SCENES).components == [[], [], []]
 
 
 def test_scenes_need_what_each_reward_needs():

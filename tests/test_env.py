@@ -108,7 +108,8 @@ def test_an_episode_from_reset_to_score(env):
         assert terminated is (t == 2) and truncated is False
         assert type(reward) is float and (reward == 0.0) is not terminated
         assert bool(info) is terminated
-    assert set(info) == {"image", "score", "parts", "words_read", "reads", "confidences", "regions", "boxes"}
+    found = {"words_read", "reads", "confidences", "regions", "components", "boxes"}
+    assert set(info) == {"image", "score", "parts"} | found
     assert info["image"].shape == (64, 64, 3) and info["image"].dtype == np.uint8
     assert reward == info["score"] == info["parts"]["mean"] == pytest.approx(info["image"].mean() / 255)
     assert info["words_read"] == ["SEEN"] and len(info["boxes"]) == len(env.scene.words)

@@ -132,6 +132,11 @@ def test_clauses_are_averaged_and_kinds_are_logged():
     np.testing.assert_allclose(output.parts["position"], [0, np.nan])
     np.testing.assert_array_equal(output.regions[0], [one.box for one in dogs])
     assert output.regions[1].shape == (0, 4) and output.words == [[], []] and output.reads
+    first, (cat,) = output.components
+    assert [(part.kind, part.indices) for part in first] == [("clause", (i,)) for i in range(4)]
+    assert sum(part.value for part in first) == pytest.approx(output.scores[0])
+    np.testing.assert_array_equal(first[0].boxes, [one.box for one in dogs])
+    assert first[2].boxes is None and cat.boxes is None  # no cat was found
 
 
 def test_no_clauses_no_score():

@@ -59,6 +59,8 @@ def test_finish_gives_one_entry_a_row(tokenizer, reward):
         one = mdp.row_of(end, row)
         assert one["score"] == float(end["score"][row]) and one["parts"] == {"mean": one["score"]}
         assert one["words_read"] == ["SEEN"] and one["confidences"] == [0.5] and len(one["regions"]) == 1
+        assert [part.indices for part in one["components"]] == [(0,), (1,)]
+        assert sum(part.value for part in one["components"]) == pytest.approx(one["score"])
         assert [tuple(box) for box in one["boxes"]] == list(scene.boxes)
         assert end["boxes"][row].shape == (len(scene.words), 4)
 

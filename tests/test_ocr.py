@@ -173,6 +173,29 @@ def test_the_output_of_the_reward():
     np.testing.assert_allclose(output.scores, sums, rtol=1e-6)
 
 
+def test_components_of_a_right_text_add_up_to_the_score():
+    engine = Recital([TextLine("KITE RUN", 0.9, (0, 0, 80, 20))])
+    output = OCRReward(engine)(IMAGES[:1], [scene("KITE", "RUN")])
+    assert sum(part.value for part in output.components[0]) == pytest.approx(output.scores[0]) == 1.8
+
+
+def test_components_say_where_the_score_came_from():
+    engine = Recital([TextLine("KITS UP", 0.5, (0, 0, 70, 20))], [])
+    output = OCRReward(engine)(IMAGES, [scene("KITE", "RUN")] * 2)
+    parts = {(part.kind, *part.indices): part for part in output.components[0]}
+    np.testing.assert_array_equal(parts["letter", 0, 3].boxes, [[30, 0, 40, 20]])
+    assert parts["letter", 0, 3].value == 0.0 and parts["letter", 0, 0].value == 0.5 / 8
+    assert parts["word", 0].value == 0.0
+    for part in output.components[1]:
+        assert part.value == 0 and part.boxes is None
+
+
+def test_spurious_letters_are_charged_as_in_eq_13():
+    engine = Recital([TextLine("KITE UP", 1.0, (0, 0, 70, 20))])
+    output = OCRReward(engine)(IMAGES[:1], [scene("KITE")])
+    assert sum(part.value for part in output.components[0]) == pytest.approx(output.scores[0]) == 2 - 0.6 * 2 / 10
+
+
 def test_a_target_with_a_blank_counts_as_two_words():
     engine = Recital([TextLine("NEW YORK", 1.0, (0, 0, 1, 1))])
     assert OCRReward(engine)(IMAGES[:1], [scene("NEW YORK")]).scores == 2.0

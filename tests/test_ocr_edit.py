@@ -85,6 +85,16 @@ def test_the_output_of_the_reward():
     np.testing.assert_array_equal(output.regions[0], [[1, 2, 30, 20], [3, 30, 40, 60]])
 
 
+def test_components_add_up_to_the_score():
+    engine = Recital([TextLine("KIXTE", 0.3, (0, 0, 50, 20)), TextLine("RN", 0.7, (0, 30, 40, 60))])
+    output = OCREditReward(engine)(IMAGES[:1], [scene("KITE", "RUN")])
+    assert sum(part.value for part in output.components[0]) == pytest.approx(output.scores[0]) == 1 - 2 / 7
+    assert [part.value for part in output.components[0] if part.kind == "letter"] == [1 / 7] * 5 + [0, 1 / 7]
+    assert [(p.kind, p.indices, p.value) for p in output.components[0] if p.kind != "letter"] == [
+        ("spurious", (0, 0), -1 / 7)
+    ]
+
+
 def test_scores_stay_in_their_range():
     lines = [TextLine("SEVERAL OTHER WORDS", 1.0, (0, 0, 1, 1))]
     assert OCREditReward(Recital(lines))(IMAGES[:1], [scene("RUN")]).scores == 0.0

@@ -141,6 +141,7 @@ class TestForkAt:
             assert torch.equal(some.draws[0].logp[new], merged.draws[0].logp[row])
             assert all(torch.equal(a[new], b[row]) for a, b in zip(some.cond, merged.cond, strict=True))
             assert np.array_equal(some.images[2 * new : 2 * new + 2], merged.images[2 * row : 2 * row + 2])
+            assert some.components[2 * new : 2 * new + 2] == merged.components[2 * row : 2 * row + 2]
             assert np.array_equal(
                 some.parts["mean"][2 * new : 2 * new + 2], merged.parts["mean"][2 * row : 2 * row + 2]
             )
@@ -171,7 +172,18 @@ class TestCollect:
         assert rollout.suffixes == 1 and torch.equal(rollout.returns[..., 0], rollout.scores)
         brightness = rollout.images.mean((1, 2, 3)) / 255
         np.testing.assert_allclose(rollout.scores.flatten(), brightness, atol=1e-6)
+        np.testing.assert_allclose([sum(c.value for c in found) for found in rollout.components], brightness, atol=1e-6)
         assert len(np.unique(rollout.images, axis=0)) > 4  # a group is not one image many times
+
+    def test_concatenated_rollouts_keep_their_components(self, policy, parts):
+        first, second = (collect(policy, tiny_envs(parts), 2, Decoding(), seeded(), seed=seed) for seed in (1, 2))
+        both = type(first).concatenate(policy, [first, second])
+        assert both.components == first.components + second.components  # the same objects
+
+    def test_a_reward_without_components_gives_empty_lists(self, policy, parts):
+        rollout = collect(policy, tiny_envs(parts), 2, Decoding(), seeded())
+        bare = replace(rollout, components=[])
+        assert bare.components == [[]] * 4 and bare.rows(policy, torch.tensor([[1]])).components == [[]]
 
     def test_repeats_with_its_seeds_and_takes_scenes(self, policy, parts):
         first = collect(policy, tiny_envs(parts), 3, Decoding(), seeded(), seed=1)

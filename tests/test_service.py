@@ -484,6 +484,8 @@ def changed(**fields):
         (changed(confidences=[[0.5], [], [1]]), r"its confidences of the words \['BB'\] are \[\]"),
         (changed(confidences=[[0.5], [2], [1]]), r"its confidences \[2\] do not lie in \[0, 1\]"),
         (changed(regions=[[], [[1, 2, 3]], []]), r"its regions of an image are \[\[1, 2, 3\]\]"),
+        (changed(components=[[], [["a", [0], None, None]], []]), r"its component \['a', \[0\], None, None\] is not"),
+        (changed(components=[[], 1, []]), "its components of an image are 1, not a list"),
         (changed(applicable=[1, 1, 1]), "are not all true or false"),
         (reply(b'{"scores": [1, 2, 3]}'), "it has no 'parts'"),
         (reply(b"[]"), "it has no 'scores'"),

@@ -16,6 +16,7 @@ from agents.rollout import Rollout
 from agents.sampling import Draw
 from agents.vmr import middle_return
 from agents.wrapper import Wrapper
+from rewards.components import Component
 from var_env.tabular import VARTabularVectorEnv, every_image
 
 ETA = 0.25
@@ -53,6 +54,7 @@ def all_images(agent, groups=1):
         reads=False,
         regions=[np.zeros((0, 4), np.float32)] * count,
         seconds={},
+        components=[envs.reward.components(row) for row in flat.numpy()],
     )
 
 
@@ -63,12 +65,11 @@ def an_agent(recipe, reward="random", policy=None, reference=None, **options):
         recipe,
         envs,
         TablePolicy(envs.tokenizer, spread=1.0, seed=1),
-        kl_coef=ETA,
         group_size=4,
         prompts_per_update=1,
         seed=0,
         device="cpu",
-        **({"kl": "k1", "kl_in": "reward"} | options),
+        **({"kl": "k1", "kl_in": "reward", "kl_coef": ETA} | options),
     )
     agent.set_logger(Logger(None, []))
     agent.policy.take_over(policy or TablePolicy(envs.tokenizer, spread=1.0, seed=2).sites())
@@ -219,6 +220,93 @@ class TestVMRGradients:
         logits = agent.policy.sites()[2].clone().requires_grad_()
         exact.objective(exact.joint([logits.log_softmax(-1)]), old[2:], returns, ETA).mean().backward()
         close(found, -logits.grad.flatten() / 4)
+
+
+class TestLocalCredit:
+    """Credit by place against the gradient of the expected reward, G = 128 images, each as often as it is drawn."""
+
+    def gradients(self, reward, local=True, split=None, policy=None):
+        """Of the agent, and exactly, of each grid."""
+        agent = an_agent("dr_grpo+local" if local else "dr_grpo", reward, policy, kl_coef=0.0)
+        rollout = all_images(agent)
+        if split is not None:
+            flat = every_image(agent.policy.schedule, 2)
+            rollout.components = [split(*row) for row in zip(flat, agent.env.reward.table, strict=True)]
+        agent = Exactly(agent)
+        returns = torch.from_numpy(agent.env.reward.table)
+        expected = exact_gradient(
+            agent, lambda sites: (exact.trajectory_logp(exact.joint(sites))[0].exp() * returns).sum()
+        )
+        found = flat_gradient(agent, rollout)
+        return [part.view(-1, 2) for part in found.split([2, 8, 64])], [
+            -part.view(-1, 2) / TOKENS for part in expected.split([2, 8, 64])
+        ]
+
+    @staticmethod
+    def apart():
+        """A policy whose grids do not look at each other."""
+        sites = TablePolicy(VARTabularVectorEnv(1).tokenizer, spread=1.0, seed=2).sites()
+        return [table[:1].expand_as(table).contiguous() for table in sites]
+
+    @staticmethod
+    def equally(*sites):
+        """The reward split equally among some cells of the last grid, whatever it depends on."""
+        cell = VARTabularVectorEnv(1).reward.places
+        return lambda tokens, score: [Component("site", (i,), score / len(sites), cell[3 + i][None]) for i in sites]
+
+    def test_it_is_the_true_gradient_of_additive_rewards(self):
+        """Each token is worth what it is, and the policy moves nothing elsewhere."""
+        for mine, expected in zip(*self.gradients("smooth", policy=self.apart()), strict=True):
+            close(mine, expected)
+            assert expected.norm() > 1e-3
+
+    def test_whatever_the_policy_the_last_grid_is_exact(self):
+        found, expected = self.gradients("smooth")
+        close(found[2], expected[2])
+
+    def test_what_a_coarse_token_moves_elsewhere_is_not_seen(self):
+        found, expected = self.gradients("smooth")
+        close(found[0], expected[0])  # it covers everything
+        assert (found[1] - expected[1]).norm() > 0.05 * expected[1].norm()  # the left one moves what is right of it
+
+    def test_what_the_parts_leave_of_the_score_goes_to_all(self):
+        """The best additive account of a reward that is none: no bias, since what it leaves is learned as in GRPO."""
+        for reward in ("xor", "trap", "random"):
+            for mine, expected in zip(*self.gradients(reward, policy=self.apart()), strict=True):
+                close(mine, expected)
+
+    def test_an_interaction_that_is_split_is_learned_by_its_share(self):
+        """xor: two cells matter, and each gets half of the credit."""
+        found, expected = self.gradients("xor", split=self.equally(0, 3))
+        close(found[0], expected[0])
+        last, true = found[2].view(8, 4, 2), expected[2].view(8, 4, 2)
+        close(last[:, [0, 3]], true[:, [0, 3]] / 2)
+        assert not last[:, 1:3].any() and true.norm() > 1e-3
+
+    def test_a_trap_that_is_split(self):
+        """Where the last grid counts as a whole each of its tokens gets a quarter; where they add up, too: nothing says
+        which part is whose."""
+        found, expected = self.gradients("trap", split=self.equally(0, 1, 2, 3))
+        close(found[0], expected[0])
+        close(found[2], expected[2] / 4)
+        assert expected[2].norm() > 1e-3
+
+    def test_the_other_tokens_noise_is_gone(self):
+        """The variance of one image's gradient in the last grid's logits, additive reward."""
+        agents = [an_agent(name, "smooth", self.apart(), kl_coef=0.0) for name in ("dr_grpo", "dr_grpo+local")]
+        spread = []
+        for agent in agents:
+            rollout = agent.judge(all_images(agent), range(3))
+            advantages = agent.unwrapped.outermost.token_advantages(rollout, range(3))
+            spread.append(advantages[:, 3:].square().mean().item())
+        assert spread[1] < 0.7 * spread[0]  # 3 of 7 tokens lie over a cell
+
+    def test_with_one_step_it_has_grpo_s_scale_where_parts_are_independent(self):
+        """All images equally likely: the parts do not vary together, and the first token is over all of them."""
+        plain, local = (an_agent(name, "smooth", kl_coef=0.0) for name in ("grpo", "grpo+local"))
+        rollouts = [agent.unwrapped.judge(all_images(agent), range(3)) for agent in (plain, local)]
+        expected = plain.token_advantages(rollouts[0], range(3))[:, 0]
+        close(local.token_advantages(rollouts[1], range(3))[:, 0], expected)
 
 
 # Every agent ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ import torch
 
 from agents.policies.var_text import VARTextPolicy
 from rewards.base import Reward, RewardOutput
+from rewards.components import Component
 from var_env import ScaleSchedule, Tokenizer
+from var_env.tabular import cell_boxes
 
 OPTIMUM = 1.0
 CODES = 4
@@ -51,12 +53,14 @@ def tokens_shown(images, tokenizer):
 
 
 class RightTokens(Reward):
-    """The fraction of the tokens that are the target's; claims to have read a word all over the image."""
+    """The fraction of the tokens that are the target's, one component each; claims to have read a word all over the
+    image."""
 
     name = "right_tokens"
 
     def __init__(self, tokenizer, target=TARGET):
         self.tokenizer, self.target = tokenizer, np.concatenate(target)
+        self.places = cell_boxes(tokenizer.schedule)  # (L, 4)
 
     def score(self, images, scenes):
         right = np.concatenate(tokens_shown(images, self.tokenizer), 1) == self.target  # (B, L)
@@ -67,6 +71,13 @@ class RightTokens(Reward):
             [["READ"]] * count,
             [[1.0]] * count,
             [np.array([[0, 0, side, side]], np.float32)] * count,
+            components=[
+                [
+                    Component("token", (i,), is_right / len(row), self.places[i : i + 1])
+                    for i, is_right in enumerate(row)
+                ]
+                for row in right
+            ],
         )
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from rewards.base import Reward, RewardOutput
+from rewards.components import Component
 
 
 class Toy(Reward):
@@ -31,7 +32,12 @@ class Toy(Reward):
             [[1 / 3] * len(scene.words) for scene in scenes],
             [np.full((i[0, 0, 0] % 3, 4), i[0, 0, 1] / 3, np.float32) for i in images],
             np.array([scene.words[0] != "NOTHING" for scene in scenes]),
+            [self._components(image) for image in images],
         )
+
+    def _components(self, image):
+        place = np.full((1, 4), image[0, 0, 1] / 3, np.float32)
+        return [Component("pixel", (i, 0), image[i, 0, 0] / 7, place if i else None) for i in range(image[0, 0, 0] % 3)]
 
     def _die(self, file):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -104,3 +110,7 @@ def assert_same(output, expected):
         np.testing.assert_array_equal(output.parts[name], values)
     for region, other in zip(output.regions, expected.regions, strict=True):
         np.testing.assert_array_equal(region, other)
+    for found, others in zip(output.components, expected.components, strict=True):
+        for component, other in zip(found, others, strict=True):
+            assert component[:3] == other[:3] and (component.boxes is None) == (other.boxes is None)
+            np.testing.assert_array_equal(component.boxes, other.boxes)

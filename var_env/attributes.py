@@ -19,10 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from rapidfuzz.distance import Levenshtein
-from rapidfuzz.process import cdist
-from scipy.optimize import linear_sum_assignment
 
+from rewards.alignment import counterparts, pair_letters
 from rewards.base import check_images
 from rewards.text_metrics import normalize
 from var_env.faults import COLOURS, FAMILIES, Faults, kind_of
@@ -114,43 +112,16 @@ def text_attributes(scenes: Sequence[Scene], words_read: Sequence[Sequence[str]]
     return rows
 
 
-def counterparts(asked: Sequence[str], read: Sequence[str]) -> list[str | None]:
-    """What was read in the place of each word asked for, None where nothing was.
-
-    The words are paired so that they are most alike in sum, whatever their order. A word read that is left over is part
-    of a word that was split where it makes that one more alike; else it stands for the first word that has none.
-    """
-    parts: list[list[int]] = [[] for _ in asked]  # of each word asked for, the indices of words read
-    if asked and read:
-        likeness = cdist(asked, read, scorer=Levenshtein.normalized_similarity)  # (asked, read)
-        for target, index in zip(*linear_sum_assignment(likeness, maximize=True), strict=True):
-            if likeness[target, index] > 0:
-                parts[target].append(int(index))
-
-    def distance(target: int, indices: Sequence[int]) -> int:
-        return Levenshtein.distance(asked[target], "".join(read[i] for i in sorted(indices)))
-
-    for index in sorted(set(range(len(read))) - {index for indices in parts for index in indices}):
-        gains = [
-            distance(target, indices) - distance(target, [*indices, index]) if indices else 0
-            for target, indices in enumerate(parts)
-        ]
-        if gains and max(gains) > 0:
-            parts[gains.index(max(gains))].append(index)
-        elif [] in parts:
-            parts[parts.index([])].append(index)
-    return ["".join(read[i] for i in sorted(indices)) if indices else None for indices in parts]
-
-
 def letter_fates(word: str, shown: str, partners: Mapping[str, str]) -> list[str]:
     """For each letter of a word "right", "confused" (shown as its partner) or "other" (another letter, or none)."""
-    fates = ["right"] * len(word)
-    for edit in Levenshtein.editops(word, shown):
-        i, j = edit.src_pos, edit.dest_pos
-        if edit.tag != "insert":
-            confused = edit.tag == "replace" and partners.get(word[i]) == shown[j]
-            fates[i] = "confused" if confused else "other"
-    return fates
+    at, _ = pair_letters(word, shown)
+
+    def fate(letter: str, j: int | None) -> str:
+        if j is None:
+            return "other"
+        return "right" if shown[j] == letter else "confused" if partners.get(letter) == shown[j] else "other"
+
+    return [fate(letter, j) for letter, j in zip(word, at, strict=True)]
 
 
 # Colours -------------------------------------------------------------------------------------------------------------

@@ -47,8 +47,10 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
 
     **Info**: after a reset, ``prompt`` and ``words`` (the targets). At the end, ``image`` (uint8 ``(S, S, 3)``),
     ``score``, ``parts`` (the score's terms by name), ``words_read`` with ``confidences`` in [0, 1], ``reads`` (whether
-    the reward looks for words; if not, ``words_read`` is empty), ``regions`` (a list of boxes x0 y0 x1 y1 in
-    pixels, float32 ``(4,)``, where text was found) and ``boxes`` (the same for the target words, empty when the episode
+    the reward looks for words, or there are none because nobody looked), ``regions`` (a list of boxes x0 y0 x1 y1 in
+    pixels, float32 ``(4,)``, where text was found), ``components`` (a list of
+    :class:`~rewards.components.Component`, the score's parts with their places, empty when the reward gives none) and
+    ``boxes`` (the same for the target words, empty when the episode
     was started from a prompt).
 
     Args:

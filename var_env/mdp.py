@@ -172,6 +172,7 @@ def conclude(state: State, images: np.ndarray, output: RewardOutput) -> State:
         "reads": np.full(len(images), output.reads_words),
         "confidences": output.confidences,
         "regions": output.regions,
+        "components": output.components,
         "boxes": [np.array(scene.boxes, np.float32).reshape(-1, 4) for scene in state.scenes],
     }
     return replace(state, outcome=outcome)

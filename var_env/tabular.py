@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rewards.base import HasWords, Reward, RewardOutput
+from rewards.components import Component
 from rewards.old_names import keep_old_names
 from var_env import mdp
 from var_env.env import VARTextEnv
@@ -207,7 +208,9 @@ class TableReward(Reward):
     """Looks up what an image is worth.
 
     The regions that it reports, for Mask Propagation, are the cells of the last grid that can change an image's score.
-    The words that it has read are the tokens of each grid, such as "0", "01", "0111".
+    The words that it has read are the tokens of each grid, such as "0", "01", "0111". The components are the tokens,
+    each with the cell that it covers: what a token is worth on average over all images that have it, against the
+    average of all. Their sum, and a constant, is the best additive account of the table, and all of it for "smooth".
 
     Args:
         tokenizer: that of the images.
@@ -216,6 +219,7 @@ class TableReward(Reward):
 
     Attributes:
         table: the score of each image, float64 ``(V^L,)``.
+        effects: what each token is worth, float64 ``(L, V)``.
     """
 
     score_range = (0.0, 1.0)
@@ -234,17 +238,36 @@ class TableReward(Reward):
         h, w = schedule.grids[-1]
         cells = np.array([(x, y, x + 1, y + 1) for y in range(h) for x in range(w)], np.float32)
         self.boxes = cells[self.matters] * schedule.patch  # (n, 4) in pixels
+        means = [[self.table[flat[:, i] == code].mean() for code in range(codes)] for i in range(flat.shape[1])]
+        self.effects = np.array(means) - self.table.mean()  # (L, V)
+        self.places = cell_boxes(schedule)  # (L, 4) in pixels
 
     def score(self, images: np.ndarray, scenes: Sequence[HasWords]) -> RewardOutput:
         shown = [grid.squeeze(-1).numpy() for grid in self.tokenizer.encode(torch.from_numpy(images))]  # T of (B, n_t)
-        number = np.concatenate(shown, 1) @ digits(self.tokenizer.schedule, self.tokenizer.vocab_size)  # (B,)
+        tokens = np.concatenate(shown, 1)  # (B, L)
+        number = tokens @ digits(self.tokenizer.schedule, self.tokenizer.vocab_size)  # (B,)
         words = [["".join(map(str, grid[row])) for grid in shown] for row in range(len(images))]
         return RewardOutput(
             self.table[number],
             words=words,
             confidences=[[1.0] * len(shown)] * len(images),
             regions=[self.boxes] * len(images),
+            components=[self.components(row) for row in tokens],
         )
+
+    def components(self, tokens: np.ndarray) -> list[Component]:
+        """What each token of a picture, ``(L,)``, is worth, and where it is."""
+        return [
+            Component("token", (i,), self.effects[i, code], self.places[i : i + 1])
+            for i, code in enumerate(tokens.tolist())
+        ]
+
+
+def cell_boxes(schedule: ScaleSchedule) -> np.ndarray:
+    """The cell of the picture that each token covers, float32 ``(L, 4)``, x0 y0 x1 y1 in pixels."""
+    side = schedule.canvas[0] * schedule.patch
+    cells = [(x / w, y / h, (x + 1) / w, (y + 1) / h) for h, w in schedule.grids for y in range(h) for x in range(w)]
+    return side * np.array(cells, np.float32)
 
 
 # Environments --------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 import rewards
 from rewards.base import HasWords, Reward, RewardOutput, check_images
+from rewards.components import Component
 from rewards.serving.worker import Lost, Worker, load
 
 MODES = ("process", "thread")
@@ -235,6 +236,7 @@ def join(outputs: Sequence[RewardOutput]) -> RewardOutput:
         [confidences for output in outputs for confidences in output.confidences],
         [regions for output in outputs for regions in output.regions],
         np.concatenate([output.applicable for output in outputs]),
+        [components for output in outputs for components in output.components],
     )
 
 
@@ -249,6 +251,7 @@ def take(output: RewardOutput, piece: slice) -> RewardOutput:
         output.confidences[piece],
         output.regions[piece],
         output.applicable[piece],
+        output.components[piece],
     )
 
 
@@ -261,8 +264,9 @@ def rebuilt(
     confidences: list[list[float]],
     regions: list[NDArray[np.float32]],
     applicable: NDArray[np.bool_],
+    components: list[list[Component]],
 ) -> RewardOutput:
     """An output from the fields of others, in which NaN means not applicable."""
     masked: dict[str, Any] = {name: np.ma.array(values, mask=np.isnan(values)) for name, values in parts.items()}
     read = (words, confidences) if reads_words else ([], [])
-    return RewardOutput(scores, masked, *read, regions if reads else [], applicable)
+    return RewardOutput(scores, masked, *read, regions if reads else [], applicable, components)

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rewards.base import HasWords, RewardOutput
+from rewards.components import Component, from_json
 from rewards.reason import reason
 from rewards.serving.pool import rebuilt
 
@@ -166,6 +167,7 @@ def encode_answer(output: RewardOutput, images: NDArray[np.uint8]) -> bytes:
         "confidences": output.confidences,
         "regions": [boxes.tolist() for boxes in output.regions],
         "applicable": output.applicable.tolist(),
+        "components": [[component.as_json() for component in found] for found in output.components],
         "reads": output.reads,
         "reads_words": output.reads_words,
         "crc32": checksums(images),
@@ -179,7 +181,8 @@ def decode_answer(body: bytes, images: NDArray[np.uint8]) -> RewardOutput:
         answer = json.loads(body, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON: {error}") from error
-    fields = ("scores", "parts", "words", "confidences", "regions", "applicable", "reads", "reads_words", "crc32")
+    lists = ("scores", "parts", "words", "confidences", "regions", "applicable", "components")
+    fields = (*lists, "reads", "reads_words", "crc32")
     missing = [name for name in fields if not isinstance(answer, dict) or name not in answer]
     if missing:
         raise ValueError(f"it has no {missing[0]!r}")
@@ -215,6 +218,7 @@ def decode_answer(body: bytes, images: NDArray[np.uint8]) -> RewardOutput:
         answer["confidences"],
         [_boxes(boxes) for boxes in answer["regions"]],
         np.array(applicable, bool),
+        [_components(found) for found in answer["components"]],
     )
 
 
@@ -238,6 +242,12 @@ def _numbers(name: str, values: list[Any]) -> NDArray[np.float32]:
         if value is not None and (type(value) not in (int, float) or not abs(value) <= LARGEST):
             raise ValueError(f"its {name} of image {index} is {value!r:.80}, not a finite number")
     return np.array([np.nan if value is None else value for value in values], np.float32)
+
+
+def _components(found: Any) -> list[Component]:
+    if not isinstance(found, list):
+        raise ValueError(f"its components of an image are {found!r:.80}, not a list")
+    return [from_json(entry) for entry in found]
 
 
 def _boxes(boxes: Any) -> NDArray[np.float32]:
