@@ -80,11 +80,12 @@ def pair_letters(word: str, shown: str) -> tuple[list[int | None], list[int]]:
     """
     at: list[int | None] = [None] * len(word)
     spurious: list[int] = []
-    for tag, start, stop, shown_start, shown_stop in Levenshtein.opcodes(word, shown):
-        if tag in ("equal", "replace"):
-            at[start:stop] = range(shown_start, shown_stop)
-        elif tag == "insert":
-            spurious += range(shown_start, shown_stop)
+    for edit in Levenshtein.opcodes(word, shown):
+        span = range(edit.dest_start, edit.dest_end)
+        if edit.tag in ("equal", "replace"):
+            at[edit.src_start : edit.src_end] = span
+        elif edit.tag == "insert":
+            spurious += span
     return at, spurious
 
 
