@@ -68,7 +68,7 @@ def above_mean(values: Tensor, rounding: float = 0.0) -> Tensor:
 
 @register("local")
 class LocalCredit(Wrapper):
-    """Local credit: a token's advantage is the sum over those parts of the reward whose place it lies in.
+    """Local credit: a token's advantage is that of the reward's parts whose place it is in.
 
     The parts are the rollout's ``components``, such as letters. Each has a baseline of its own: letter k of word w is
     compared with the same letter in the other images of its prompt, wherever it stands there. A part's region is its

@@ -81,10 +81,11 @@ def pair_letters(word: str, shown: str) -> tuple[list[int | None], list[int]]:
     at: list[int | None] = [None] * len(word)
     spurious: list[int] = []
     for edit in Levenshtein.opcodes(word, shown):
+        span = range(edit.dest_start, edit.dest_end)
         if edit.tag in ("equal", "replace"):
-            at[edit.src_start : edit.src_end] = range(edit.dest_start, edit.dest_end)
+            at[edit.src_start : edit.src_end] = span
         elif edit.tag == "insert":
-            spurious += range(edit.dest_start, edit.dest_end)
+            spurious += span
     return at, spurious
 
 

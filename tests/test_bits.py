@@ -287,7 +287,10 @@ ALGORITHMS = [name for name, part in recipes.known().items() if not recipes.is_w
 WRAPPERS = [name for name, part in recipes.known().items() if recipes.is_wrapper(part)]
 
 
-@pytest.mark.parametrize("recipe", [*ALGORITHMS, "+".join(["grpo", *WRAPPERS])])
+CHAIN = ["local", *(name for name in WRAPPERS if name != "local")]  # it must be inside of those that change advantages
+
+
+@pytest.mark.parametrize("recipe", [*ALGORITHMS, "+".join(["grpo", *CHAIN])])
 def test_every_agent_runs(parts, recipe):
     agent = bit_agent(parts, recipe, learning_rate=1e-3)
     before = weights_of(agent.unwrapped.policy)

@@ -181,15 +181,15 @@ def decode_answer(body: bytes, images: NDArray[np.uint8]) -> RewardOutput:
         answer = json.loads(body, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON: {error}") from error
-    lists = ("scores", "parts", "words", "confidences", "regions", "applicable", "components")
-    fields = (*lists, "reads", "reads_words", "crc32")
+    columns_of = ("scores", "words", "confidences", "regions", "applicable", "components", "crc32")
+    fields = ("parts", *columns_of, "reads", "reads_words")
     missing = [name for name in fields if not isinstance(answer, dict) or name not in answer]
     if missing:
         raise ValueError(f"it has no {missing[0]!r}")
     parts = answer["parts"]
     if not isinstance(parts, dict):
         raise ValueError(f"its parts are {parts!r:.80}, not an object")
-    columns = {name: answer[name] for name in fields if name not in ("parts", "reads", "reads_words")}
+    columns = {name: answer[name] for name in columns_of}
     for name, values in {**columns, **{f"part {name!r}": values for name, values in parts.items()}}.items():
         length = len(values) if isinstance(values, list) else None
         if length != len(images):
