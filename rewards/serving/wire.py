@@ -182,7 +182,7 @@ def decode_answer(body: bytes, images: NDArray[np.uint8]) -> RewardOutput:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON: {error}") from error
     columns_of = ("scores", "words", "confidences", "regions", "applicable", "components", "crc32")
-    fields = (*columns_of, "parts", "reads", "reads_words")
+    fields = ("scores", "parts", *columns_of[1:], "reads", "reads_words")
     missing = [name for name in fields if not isinstance(answer, dict) or name not in answer]
     if missing:
         raise ValueError(f"it has no {missing[0]!r}")
