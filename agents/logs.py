@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +79,11 @@ class ContinuedTensorBoard(TensorBoardOutputFormat):
     """Events of which TensorBoard shows those up to a step, and then the new ones."""
 
     def __init__(self, folder: Path, step: int) -> None:
+        # TensorBoard reads files in the order of their names, which begin with the second that they were made in.
+        made = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
+        wait = max(made, default=0) + 1 - time.time()
+        if 0 < wait <= 1:
+            time.sleep(wait)
         self.writer = SummaryWriter(log_dir=str(folder), purge_step=step + 1)
         self._is_closed = False
 
