@@ -39,7 +39,7 @@ def test_another_call_tells_what_differs(tmp_path, capsys):
     def run(*options, stage="policy"):
         args = script.parse([stage, *SMALL, "--out", str(tmp_path), *options])
         module = torch.nn.Linear(1, 1)
-        return pretraining.Run(args, stage, module, torch.optim.AdamW(module.parameters()))
+        return pretraining.Run(args, stage, module, [torch.optim.AdamW(module.parameters())])
 
     run().save(2)
     again = run("--seed", "1", "--policy-steps", "8")

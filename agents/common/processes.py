@@ -17,6 +17,7 @@ the optimiser's state are sharded: each process holds its part, and gathers a la
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -259,5 +260,7 @@ def current() -> Processes:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError("agents do not run in DeepSpeed's engine: use FSDP, which shards as ZeRO-3 does (--use_fsdp)")
     state = PartialState(cpu=not torch.cuda.is_available())
+    # While Python still runs: groups that are left to the end of the process may abort it ("terminate called").
+    atexit.register(state.destroy_process_group)
     shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return Processes(state.process_index, state.num_processes, shards)

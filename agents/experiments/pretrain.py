@@ -42,6 +42,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.rare.add_argument("--tokenizer-lr", type=float, default=1e-3, help="its learning rate (%(default)s)")
     parser.add_argument("--policy-steps", type=int, default=2235, help="(%(default)s)")
     parser.rare.add_argument("--policy-lr", type=float, default=1e-3, help="its learning rate (%(default)s)")
+    parser.rare.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon"),
+        default="adamw",
+        help="of the policy. muon: for the matrices of its blocks; it needs fewer steps (default: %(default)s)",
+    )
     parser.add_argument(
         "--policy",
         choices=("var_text", "qwen"),

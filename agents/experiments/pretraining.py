@@ -7,7 +7,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,12 @@ if TYPE_CHECKING:
 
 
 COMMON, SHARES = ("schedule", "seed", "batch"), ("decay", "swap", "drop_prompt")
+STEPS = ("policy_steps", "policy_lr", "optimizer")
 OF_STAGE = {  # options that make a stage's run what it is
     "tokenizer": (*COMMON, "vocab_size", "bits", "tokenizer_steps", "tokenizer_lr"),
-    "policy": (*COMMON, "policy", "width", "layers", "heads", "start", "policy_steps", "policy_lr", "faults", *SHARES),
+    "policy": (*COMMON, "policy", "width", "layers", "heads", "start", *STEPS, "faults", *SHARES),
 }
-FIXED = ("schedule", "vocab_size", "bits", "policy", "width", "layers", "heads", "start")  # of the weights
+FIXED = ("schedule", "vocab_size", "bits", "policy", "width", "layers", "heads", "start", "optimizer")
 
 
 class SceneStream(torch.utils.data.IterableDataset):
@@ -150,7 +151,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     tokenizer = new_tokenizer(args).to(args.device)
     optimizer = torch.optim.AdamW(tokenizer.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
-    run = Run(args, "tokenizer", tokenizer, optimizer)
+    run = Run(args, "tokenizer", tokenizer, [optimizer])
     book = EmaCodebook(tokenizer) if isinstance(tokenizer, Tokenizer) else BitUse()
     run.extra = book.tensors
     run.resume()
@@ -186,8 +187,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         weight = ink_weight(images, scenes, 5.0)
         error = (weight * (image.float() - x).square()).mean() / weight.mean()
         (error + 0.25 * commitment + smoothing + penalty).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        run.take_step()
         if step >= warm_up:
             book.update(torch.cat(vectors), torch.cat(codes))
         run.log(step, error=error, commitment=commitment, smoothing=smoothing, **book.report())
@@ -216,8 +216,7 @@ def train_policy(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     tokenizer: Any = load_tokenizer(args.out / "tokenizer.safetensors").to(args.device)  # one of train_tokenizer's
     policy = new_policy(args, tokenizer).to(args.device)
-    optimizer = torch.optim.AdamW(decay_groups(policy), betas=(0.9, 0.95), fused=True)
-    run = Run(args, "policy", policy, optimizer)
+    run = Run(args, "policy", policy, optimizers_of(policy, args.optimizer))
     run.resume()
     forward = torch.compile(policy.from_features) if args.compile else policy.from_features
     schedule, steps = tokenizer.schedule, range(len(tokenizer.schedule))
@@ -240,8 +239,7 @@ def train_policy(args: argparse.Namespace) -> None:
         loss = loss.view(len(scenes), schedule.total_tokens, -1).sum(2)  # (B, L), nats a token
         loss.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        run.take_step()
         per_band = loss.detach().mean(0).split([tokens for _, tokens in bands])
         run.log(
             step,
@@ -290,6 +288,31 @@ def plateau(step: int, total: int, decay: float) -> float:
     return min(1.0, step / 64) * min(1.0, 0.02 + 0.98 * (1 - step / total) / decay)
 
 
+def optimizers_of(policy: Policy, name: str) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights, or Muon (Jordan et al., 2024) for the matrices of the blocks and AdamW for the others.
+
+    Muon's step is scaled to the size that AdamW's has (Liu et al., arXiv 2502.16982), so both take one learning rate.
+
+    Raises:
+        ValueError: "muon", and this torch does not have it, or the policy does not name its blocks.
+    """
+    groups = decay_groups(policy)
+    if name == "adamw":
+        return [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"--optimizer muon needs torch 2.9 or later, and this is {torch.__version__}: take adamw")
+    layers = tuple(policy.sharded_layers)  # the transformer's blocks, by the names of their classes
+    blocks = [module for module in policy.modules() if type(module).__name__ in layers]
+    if not blocks:
+        raise ValueError(f"--optimizer muon: {type(policy).__name__} names no blocks (sharded_layers): take adamw")
+    matrices = {id(p): p for block in blocks for p in block.parameters() if p.ndim == 2}
+    others = [{**group, "params": [p for p in group["params"] if id(p) not in matrices]} for group in groups]
+    return [
+        torch.optim.Muon(matrices.values(), weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.95), fused=True),
+    ]
+
+
 def decay_groups(policy: Policy) -> list[dict]:
     """Weight decay for the matrices and none for biases, norms and embeddings. The temperatures are not trained."""
     embeddings = ("text.byte.weight", "model.decoder.embed_tokens.weight")
@@ -303,9 +326,13 @@ class Run:
     """What both stages share: the step loop with its schedule, checkpoints, logs and images."""
 
     def __init__(
-        self, args: argparse.Namespace, name: str, module: torch.nn.Module, optimizer: torch.optim.Optimizer
+        self,
+        args: argparse.Namespace,
+        name: str,
+        module: torch.nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
-        self.args, self.name, self.module, self.optimizer = args, name, module, optimizer
+        self.args, self.name, self.module, self.optimizers = args, name, module, optimizers
         self.path = args.out / f"{name}.checkpoint.pt"
         self.first, self.seen = 0, 0
         self.settings = {name: run_file.plain("", getattr(args, name, None)) for name in OF_STAGE[self.name]}
@@ -326,7 +353,9 @@ class Run:
                     told = run_file.told(name, self.settings[name], was)
                     sys.exit(f"error: {told}: {self.path} goes on as it began, with that or with another --out")
             self.module.load_state_dict(saved["module"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            states = saved.get("optimizers") or [saved["optimizer"]]  # earlier versions had one
+            for optimizer, state in zip(self.optimizers, states, strict=True):
+                optimizer.load_state_dict(state)
             for name, tensor in self.extra.items():
                 tensor.copy_(saved["extra"][name])
             self.first, self.seen = saved["step"], saved["seen"]
@@ -339,7 +368,7 @@ class Run:
     def save(self, step: int) -> None:
         state = {
             "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "extra": self.extra,
             "step": step,
             "seen": self.seen,
@@ -357,12 +386,18 @@ class Run:
         stream = torch.utils.data.DataLoader(scenes, batch_size=None, num_workers=args.workers)
         self.clock = time.monotonic()
         for step, batch in zip(range(self.first, total), stream, strict=False):
-            for group in self.optimizer.param_groups:
+            for group in [group for optimizer in self.optimizers for group in optimizer.param_groups]:
                 group["lr"] = peak * shape(step, total)
             yield step, batch
             self.seen += self.batch
             if (step + 1) % args.save_every == 0 or step + 1 == total:
                 self.save(step + 1)
+
+    def take_step(self) -> None:
+        """Move the weights along their gradients, and clear these."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
     def log(self, step: int, **values: Tensor) -> None:
         for name, value in values.items():
