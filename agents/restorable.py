@@ -72,6 +72,10 @@ class Restorable(BaseAlgorithm):
             },
         )
 
+    def load_state(self, name: str, state: dict[str, Any]) -> None:
+        """Set the optimiser, or whatever has the name, to its state in `parts`."""
+        getattr(self, name).load_state_dict(state)
+
     def restore_random(self, states: dict[str, Any]) -> None:
         """Set the global generators, and the environments', to those of `parts`."""
         set_global_random_states(states)
@@ -182,7 +186,7 @@ def _bare(settings: dict[str, Any], saved: Saved, device: torch.device | str) ->
     agent._setup_model()
     agent._rollouts = settings["_rollouts"]  # seeding starts them again
     for name, state in saved.states.items():
-        getattr(agent, name).load_state_dict(state)
+        agent.load_state(name, state)
     agent.generator.set_state(saved.random["sampler"])
     for name in saved.modules.keys() & {"reference", "ema"}:
         setattr(agent, name, saved.modules[name].to(agent.device).eval().requires_grad_(False))

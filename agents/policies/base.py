@@ -55,6 +55,7 @@ class Policy(nn.Module, ABC):
     logit_chunk: int | None = None
     lora_targets: Sequence[str] = ()  # linear layers that `add_lora` gives adapters by default
     always_trained: Sequence[str] = ()  # parameters that learn beside the adapters
+    temperature_parameters: Sequence[str] = ()  # learned temperatures, for an agent's `temperature_lr`
     sharded_layers: Sequence[str] = ()  # classes of layers whose weights FSDP gathers one at a time
 
     @property

@@ -76,6 +76,7 @@ class VARTextPolicy(Policy):
 
     lora_targets = ("qkv", "text_kv", "attention_out", "mlp_in", "mlp_out")  # of all blocks, the text encoder's too
     always_trained = ("sharpness",)
+    temperature_parameters = ("sharpness",)
     sharded_layers = ("Block",)
 
     def __init__(
