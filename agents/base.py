@@ -91,10 +91,10 @@ class Agent(Trainable):
         ] = 5e-5,
         temperature_lr: Annotated[
             float | Schedule | None,
-            "the learning rate of the policy's learned temperatures, as ``learning_rate``; 0 freezes them. Their "
-            "gradient is then clipped apart from that of the weights. ``None``: they are learned and clipped with the "
-            "weights.",
-        ] = None,
+            "the learning rate of the policy's learned temperatures, as ``learning_rate``; 0 freezes them, so that a "
+            "gain is in what is drawn and not in how sharply. Their gradient is clipped apart from that of the "
+            "weights. ``None``: they are learned and clipped with the weights.",
+        ] = 0.0,
         max_grad_norm: Annotated[float, "the gradient is scaled down to this norm."] = 1.0,
         max_skipped: Annotated[
             int,

@@ -15,20 +15,21 @@ import torch
 from agents.policies.base import Policy
 
 
-def group_names(policy: Policy, apart: bool) -> list[list[str]]:
+def group_names(policy: Policy, temperature_lr: Any) -> list[list[str]]:
     """The names of the policy's trainable parameters by group.
 
     Args:
         policy: names its learned temperatures in ``temperature_parameters``.
-        apart: two groups, the weights and the temperatures, each in the policy's order; otherwise one.
+        temperature_lr: as `Agent` has it. ``None`` makes one group; otherwise there are two, the weights and the
+            temperatures, each in the policy's order. A policy without temperatures has one.
 
     Raises:
-        ValueError: ``apart``, and the policy trains no temperatures.
+        ValueError: a rate that is not 0, and the policy trains no temperatures.
     """
     names = [name for name, weight in policy.named_parameters() if weight.requires_grad]
-    if not apart:
-        return [names]
     temperatures = [name for name in names if name in policy.temperature_parameters]
+    if temperature_lr is None or not (temperatures or temperature_lr):
+        return [names]
     if not temperatures:
         raise ValueError(
             f"temperature_lr is for learned temperatures, and {type(policy).__name__} trains none "
@@ -46,7 +47,8 @@ def regrouped(state: dict[str, Any], optimizer: torch.optim.Optimizer, policy: P
     if len(now) == len(state["param_groups"]):
         return state
     before, after = (
-        list(chain.from_iterable(group_names(policy, len(groups) > 1))) for groups in (state["param_groups"], now)
+        list(chain.from_iterable(group_names(policy, 0.0 if len(groups) > 1 else None)))
+        for groups in (state["param_groups"], now)
     )
     values = {name: state["state"][i] for i, name in enumerate(before) if i in state["state"]}
     return {

@@ -161,11 +161,12 @@ def rebuild(saved: Saved, env: Any, device: torch.device | str, replaced: dict[s
     replaced = dict(replaced)
     for _, options in wrappers:
         options.update({name: replaced.pop(name) for name in options.keys() & replaced.keys()})
-    unknown = sorted(replaced.keys() - saved.settings.keys())
+    settings = {"temperature_lr": None, **saved.settings}  # of before there was a choice
+    unknown = sorted(replaced.keys() - settings.keys())
     if unknown:
-        known = sorted({*saved.settings, *(name for _, options in wrappers for name in options)})
+        known = sorted({*settings, *(name for _, options in wrappers for name in options)})
         raise ValueError(f"unknown setting {unknown[0]!r}: this agent has {', '.join(known)}")
-    agent = _bare({**saved.settings, **replaced}, saved, device)
+    agent = _bare({**settings, **replaced}, saved, device)
     outermost: Any = agent
     for wrapper, options in wrappers:
         outermost = wrapper(outermost, **options)

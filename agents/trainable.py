@@ -51,7 +51,7 @@ class Trainable(Restorable):
     def _groups(self) -> list[list[nn.Parameter]]:
         """The optimiser's parameters, with the learned temperatures as a second group if they have their own rate."""
         weights = dict(self.policy.named_parameters())
-        names = group_names(self.policy, apart=self.temperature_lr is not None)
+        names = group_names(self.policy, self.temperature_lr)
         return [[weights[name] for name in group] for group in names]
 
     def load_state(self, name: str, state: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ class Trainable(Restorable):
     def _set_learning_rates(self) -> None:
         """Those of the optimiser's groups at this place of the run."""
         self._update_learning_rate(self.optimizer)
-        if self.temperature_lr is not None:
+        if len(self.optimizer.param_groups) > 1:
             rate = utils.FloatSchedule(self.temperature_lr)(self._current_progress_remaining)
             self.optimizer.param_groups[1]["lr"] = rate
 

@@ -21,7 +21,7 @@ WHOLE = 3 * STEPS_A_ROLLOUT
 
 def state_by_name(agent):
     """The optimiser's state by parameter, whatever the groups."""
-    names = list(chain.from_iterable(group_names(agent.policy, agent.temperature_lr is not None)))
+    names = list(chain.from_iterable(group_names(agent.policy, agent.temperature_lr)))
     found = optimizer_tensors(agent).items()
     return {(names[int(number)], what): value for key, value in found for number, what in [key.split(".")]}
 
@@ -29,17 +29,18 @@ def state_by_name(agent):
 class TestGroups:
     def test_every_trainable_parameter_is_in_one_group(self, parts):
         policy = tiny_agent(parts).policy
-        weights, temperatures = group_names(policy, apart=True)
+        weights, temperatures = group_names(policy, 1e-3)
         assert temperatures == ["sharpness"]
-        assert sorted(weights + temperatures) == sorted(group_names(policy, apart=False)[0])
+        assert sorted(weights + temperatures) == sorted(group_names(policy, None)[0])
         policy.position.requires_grad_(False)
-        assert "position" not in chain.from_iterable(group_names(policy, apart=True))
+        assert "position" not in chain.from_iterable(group_names(policy, 1e-3))
 
     def test_a_policy_that_trains_no_temperatures(self):
         policy = TablePolicy(TableTokenizer(table_schedule([(1, 1), (2, 2)]), 2))
-        assert policy.temperature_parameters == () and len(group_names(policy, apart=False)) == 1
+        assert policy.temperature_parameters == () and len(group_names(policy, None)) == 1
+        assert len(GRPO(policy, None, device="cpu").optimizer.param_groups) == 1  # there is nothing to freeze
         with pytest.raises(ValueError, match=r"temperature_lr .* TablePolicy trains none .* leave it out"):
-            GRPO(policy, None, temperature_lr=0.0, device="cpu")
+            GRPO(policy, None, temperature_lr=1e-3, device="cpu")
 
 
 class TestClip:
@@ -60,8 +61,8 @@ class TestClip:
         numbers = sum(weight.numel() for name, weight in agent.policy.named_parameters() if name != "sharpness")
         assert norm == pytest.approx(0.5 * math.sqrt(numbers))  # of the weights alone
 
-    def test_without_the_option_one_clip_holds_all(self, parts):
-        (_, _, small), (agent, norm, large) = self.step(parts, 0.0), self.step(parts, 1e6)
+    def test_none_clips_all_together(self, parts):
+        (_, _, small), (agent, norm, large) = (self.step(parts, of, temperature_lr=None) for of in (0.0, 1e6))
         assert large.abs().max() < 1e-4 * small.abs().max()
         assert norm > 1e6 and len(agent.optimizer.param_groups) == 1
 
@@ -81,7 +82,7 @@ class TestClip:
 
 class TestLearning:
     def test_0_freezes_them_exactly(self, parts):
-        agent = tiny_agent(parts, temperature_lr=0, **OPTIONS)
+        agent = tiny_agent(parts, **OPTIONS)
         agent.policy.sharpness.data.fill_(1e-3)
         agent.ema.sharpness.data.fill_(1e-3)
         before = weights_of(agent.policy)
@@ -112,7 +113,7 @@ class TestLearning:
     def test_with_adapters(self, parts):
         pytest.importorskip("peft")
         agent = tiny_agent(parts, temperature_lr=1e-4, lora={"r": 2})
-        assert group_names(agent.policy, apart=True)[1] == ["sharpness"]
+        assert group_names(agent.policy, 1e-3)[1] == ["sharpness"]
         agent.learn(STEPS_A_ROLLOUT)
         assert agent.policy.sharpness.abs().max() > 0
 

@@ -5,10 +5,10 @@
     vartext tune --ray                                      # many runs at a time
     vartext compare --settings runs/tune/tuned.json         # takes what was found
 
-Every agent gets the same trials: points of one Sobol sequence over the learning rate, the weight of the KL and the
-temperature of the sampler in training. VMR takes two more coordinates of the same points, its split m and its K
-(suffixes that value a prefix). The best trial by mean reward on the validation prompts gives the agent's settings. No
-test prompt is looked at.
+Every agent gets the same trials: points of one Sobol sequence over the learning rate, the weight of the KL, the
+temperature of the sampler in training and the epochs, how often each rollout is learned from, for agents that have
+them. VMR takes two more coordinates of the same points, its split m and its K (suffixes that value a prefix). The best
+trial by mean reward on the validation prompts gives the agent's settings. No test prompt is looked at.
 
 In --out: tuned.json (the settings of each agent, with every trial), results.md (a table of the trials), and a folder
 for each run. A call that was stopped goes on where it was. To make what was found the default of compare, copy
@@ -33,10 +33,11 @@ from agents.experiments.run_options import Preset, add_run_options, finish
 from agents.experiments.tuned import WORLD
 
 PRESET = Preset(test_prompts=192, val_prompts=8, eval_every=1000)  # no curves, and a verdict on validation prompts
-LEARNING_RATE = (3e-5, 4e-4)  # log-uniform
-KL_COEF = (0.003, 0.3)  # log-uniform
-TEMPERATURE = (0.7, 1.0)  # uniform
+LEARNING_RATE = (8e-5, 5e-4)  # log-uniform
+KL_COEF = (0.003, 0.05)  # log-uniform
+TEMPERATURE = (0.8, 1.0)  # uniform
 SUFFIX_SAMPLES = (2, 4)
+EPOCHS = (1, 2, 3)
 
 
 def trials(recipe: str, count: int, grids: int) -> list[dict[str, Any]]:
@@ -53,15 +54,17 @@ def trials(recipe: str, count: int, grids: int) -> list[dict[str, Any]]:
     from agents.vmr import VMR
 
     # A Sobol sequence begins at the corner of the cube, which is the edge of every range: the first point is skipped.
-    points = qmc.Sobol(5, scramble=False).fast_forward(1).random(count)  # (count, 5) in [0, 1)
+    points = qmc.Sobol(6, scramble=False).fast_forward(1).random(count)  # (count, 6) in [0, 1)
     splits = range(2, grids) if grids > 2 else range(1, grids)
     found = []
-    for rate, kl, temperature, split, suffixes in points.tolist():
+    for rate, kl, temperature, split, suffixes, epochs in points.tolist():
         settings: dict[str, Any] = {
             "learning_rate": float(f"{between(LEARNING_RATE, rate):.2g}"),
             "kl_coef": float(f"{between(KL_COEF, kl):.2g}"),
             "temperature": round(TEMPERATURE[0] + temperature * (TEMPERATURE[1] - TEMPERATURE[0]), 2),
         }
+        if "epochs" in recipes.options_in(recipe):
+            settings["epochs"] = EPOCHS[int(epochs * len(EPOCHS))]
         if any(issubclass(part, VMR) for part in recipes.parts_of(recipe)):
             settings["split"] = splits[int(split * len(splits))]
             settings["suffix_samples"] = SUFFIX_SAMPLES[int(suffixes * len(SUFFIX_SAMPLES))]
