@@ -105,6 +105,7 @@ class Trainable(Restorable):
         """Those of the optimiser's groups at this place of the run."""
         self._update_learning_rate(self.optimizer)
         if len(self.optimizer.param_groups) > 1:
+            assert self.temperature_lr is not None
             rate = utils.FloatSchedule(self.temperature_lr)(self._current_progress_remaining)
             self.optimizer.param_groups[1]["lr"] = rate
 
