@@ -142,14 +142,18 @@ class GRPO(LogProbs):
     def fill(self, rollout: Rollout, steps: range) -> Rollout:
         """The rollout with the log-probabilities that its update of ``steps`` needs; they do not depend on scores.
 
-        ``ref_logp`` is for an estimated KL. ``old_logp`` is for a KL in the reward and for several optimiser steps.
+        ``ref_logp`` is for an estimated KL. ``old_logp`` is for a KL in the reward and for several optimiser steps,
+        ``old_soft`` for the latter with soft codes.
         """
         rollout.require_current(self.policy, steps)
         found: dict[str, Any] = {}
         estimated = bool(self.kl_coef) and self.kl != "full"
         if estimated and rollout.ref_logp is None and self.reference is not None:
             found["ref_logp"] = self.all_log_probs(self.reference, rollout, steps)
-        if rollout.old_logp is None and (not self.one_step or (estimated and self.kl_in == "reward")):
+        if self.soft_codes is not None and not self.one_step:
+            if rollout.old_soft is None:
+                found["old_logp"], found["old_soft"] = self.old_soft_log_probs(rollout, steps)
+        elif rollout.old_logp is None and (not self.one_step or (estimated and self.kl_in == "reward")):
             found["old_logp"] = self.old_log_probs(rollout, steps)
         return replace(rollout, **found, version=weights_version(self.policy)) if found else rollout
 
@@ -270,10 +274,11 @@ class GRPO(LogProbs):
         ``weights`` belong to ``rows``, ``advantages`` to all B rows. Returns the loss and what was seen, detached.
         """
         assert self.one_step or rollout.old_logp is not None, "fill() it first"
+        compared = rollout.old_logp if rollout.old_soft is None else rollout.old_soft  # (B, n)
         total, seen = torch.zeros((), device=self.device), []
         for piece in self.pieces(len(rows)):
             micro = rows[piece]
-            old = None if self.one_step or rollout.old_logp is None else rollout.old_logp[micro]  # (b, n)
+            old = None if self.one_step or compared is None else compared[micro]  # (b, n)
             loss, tokens = self.loss(rollout, micro, advantages[micro], weights.rows(piece), old, steps)
             self.processes.scaled(loss).backward()
             total += loss.detach()
@@ -300,11 +305,15 @@ class GRPO(LogProbs):
             rows: int64, which rows of the rollout; ``b`` of them.
             advantages: theirs, ``(b,)`` or ``(b, n)``.
             weights: theirs, aggregated, ``(b, n)`` each.
-            old: their log-probabilities under the policy that sampled, ``(b, n)``; ``None`` when it is this one.
+            old: what the ratio compares with, their log-probabilities under the policy that sampled, ``(b, n)``; with
+                soft codes, of the tokens' neighbourhoods. ``None`` when it is this policy.
         """
         new = self.log_probs(self.policy, rollout, rows, steps)  # (b, n)
-        old = new.logp.detach() if old is None else old
-        policy_loss, ratio = self.policy_loss(new.logp, old, advantages, steps)  # (b, n)
+        if old is None:
+            plain, old = new.logp.detach(), new.compared.detach()
+        else:
+            plain = old if rollout.old_soft is None or rollout.old_logp is None else rollout.old_logp[rows]
+        policy_loss, ratio = self.policy_loss(new.compared, old, advantages, steps)  # (b, n)
         kl_weight = weights.kl * (self.kl_coef if self.kl_in == "loss" else 0.0)
         entropy_weight = weights.entropy * self.entropy_coef
         kl = torch.zeros_like(policy_loss)
@@ -322,7 +331,7 @@ class GRPO(LogProbs):
             kl_weight=kl_weight,
             entropy_weight=entropy_weight,
             ratio=ratio,
-            behaviour_gap=behaviour - old,
+            behaviour_gap=behaviour - plain,
         )
         return loss, logs.Tokens(*(part.detach() for part in seen))
 
