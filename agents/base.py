@@ -64,6 +64,7 @@ class Agent(Trainable):
         num_timesteps: environment steps, one for each grid of each row. ``learn(reset_num_timesteps=True)`` starts
             this count again. The other counters are never reset, and saved files keep them.
         images_decoded, tokens_sampled, n_updates: reward calls, tokens, calls of ``update``, over all processes.
+        lr_factor: what the learning rates are multiplied with; 1 unless an algorithm adapts it.
         skipped_steps: optimiser steps that were skipped, see ``max_skipped``.
         seconds: time in sampling, decoding, reward and update; callbacks do not count.
         reference: the frozen policy that the KL term holds on to, if the algorithm has one.
@@ -158,7 +159,7 @@ class Agent(Trainable):
             add_lora(self.policy, **{"seed": seed or 0, **lora_options(lora)})
         self.reference: Policy | None = None
         self.ema: Policy | None = None
-        self.temperature_lr = temperature_lr
+        self.temperature_lr, self.lr_factor = temperature_lr, 1.0
         self.max_grad_norm, self.max_skipped, self.ema_decay = max_grad_norm, max_skipped, ema_decay
         self.skipped_steps = self._skipped_in_a_row = self._steps = self._steps_that_moved = 0
         self.group_size, self.prompts_per_update = group_size, prompts_per_update

@@ -28,6 +28,7 @@ class Trainable(Restorable):
 
     max_grad_norm: float
     temperature_lr: float | Schedule | None
+    lr_factor: float
     max_skipped: int
     ema_decay: float | None
     skipped_steps: int
@@ -108,6 +109,9 @@ class Trainable(Restorable):
             assert self.temperature_lr is not None
             rate = utils.FloatSchedule(self.temperature_lr)(self._current_progress_remaining)
             self.optimizer.param_groups[1]["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] *= self.lr_factor
+        self.logger.record("train/learning_rate", self.optimizer.param_groups[0]["lr"])
 
     def optimizer_step(self, loss: Tensor | None = None) -> float:
         """Sum the gradient over processes, clip it, take the step, move the average; returns the gradient's norm.

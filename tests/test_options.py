@@ -655,6 +655,8 @@ class TestRegisteredFunctions:
         ({"temperature_lr": -1e-5}, "temperature_lr must be a finite number of at least 0, got -1e-05"),
         ({"temperature_lr": math.inf}, "temperature_lr .* got inf"),
         ({"temperature_lr": "slow"}, "temperature_lr .* got 'slow'"),
+        ({"kl_per_update": 0.0}, "kl_per_update must be above 0, got 0.0"),
+        ({"soft_codes": 0.0}, "soft_codes must be above 0, got 0.0"),
         ({"epochs": 0}, "epochs .* got 0"),
     ],
     ids=str,

@@ -67,6 +67,20 @@ class VisualTokenizer(nn.Module, ABC):
     def embed(self, t: int, grid: Tensor) -> Tensor:
         """A vector for each token of grid t, ``(B, n_t, E)``, near for tokens that look alike; for STAGE."""
 
+    def code_distances(self) -> Tensor:
+        """Squared distances between the V values of a code, ``(V, V)``; those of a token's D codes add up.
+
+        Of the vectors that `embed` gives at the last grid. A tokenizer of several codes a token says what its are.
+        """
+        if self.depth > 1:
+            raise NotImplementedError(
+                f"{type(self).__name__} has {self.depth} codes a token and no code_distances(), which soft_codes needs"
+            )
+        codes = torch.arange(self.vocab_size, device=self.device).view(-1, 1, 1)
+        last = len(self.schedule) - 1
+        vectors = self.embed(last, codes.expand(-1, self.schedule.sizes[last], 1))[:, 0].float()  # (V, E)
+        return torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
+
     @abstractmethod
     def decode(self, canvas: Tensor) -> Tensor:
         """The image of a canvas at any t: uint8 ``(B, S, S, 3)``."""
