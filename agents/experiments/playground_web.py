@@ -5,8 +5,6 @@ The page asks for one grid at a time, so that it shows the image as it grows and
 forgotten, 413 a request that is too large, 429 too many that wait.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import base64
@@ -38,7 +36,52 @@ EXTRA = "--web needs an extra: pip install 'vartext[web]'"
 TEMPERATURE, GUIDANCE = 100.0, 100.0  # the most that a page may ask for: what is far beyond is not finite
 
 
-def create_app(players: Players, start: dict[str, Any], limits: Limits | None = None) -> FastAPI:
+class Asked(dict[str, Any]):
+    """What a request holds, its fields checked as they are read: ``ValueError`` names the field."""
+
+    def text(self, name: str) -> str:
+        value = self.get(name)
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be a text, got {value!r:.80}")
+        return value
+
+    def whole(self, name: str) -> int:
+        value = self.get(name)
+        if type(value) is not int:
+            raise ValueError(f"{name} must be a whole number, got {value!r:.80}")
+        return value
+
+    def number(self, name: str, most: float) -> float:
+        value = self.get(name)
+        if type(value) not in (int, float) or not 0 <= value <= most:
+            raise ValueError(f"{name} must be a number from 0 to {most:g}, got {value!r:.80}")
+        return float(value)
+
+    def side(self) -> int:
+        side = self.whole("side")
+        if side not in (0, 1):
+            raise ValueError(f"side must be 0 or 1, got {side}")
+        return side
+
+    def seed(self) -> int:
+        return as_seed(self.get("seed"))
+
+    def tokens(self) -> list[int]:
+        tokens = self.get("tokens")
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise ValueError(f"tokens must be a list of whole numbers, got {tokens!r:.80}")
+        return tokens
+
+    def decoding(self) -> Decoding:
+        return Decoding(
+            self.number("temperature", TEMPERATURE),
+            self.whole("top_k"),
+            self.number("top_p", 1.0),
+            self.number("guidance", GUIDANCE),
+        )
+
+
+def create_app(players: Players, start: dict[str, Any], limits: Limits | None = None) -> "FastAPI":
     """The playground as an ASGI application.
 
     Args:
@@ -137,51 +180,6 @@ def create_app(players: Players, start: dict[str, Any], limits: Limits | None = 
 def _locked(answer: Callable[[Session, Asked], dict[str, Any]], session: Session, asked: Asked) -> dict[str, Any]:
     with session.lock:
         return answer(session, asked)
-
-
-class Asked(dict[str, Any]):
-    """What a request holds, its fields checked as they are read: ``ValueError`` names the field."""
-
-    def text(self, name: str) -> str:
-        value = self.get(name)
-        if not isinstance(value, str):
-            raise ValueError(f"{name} must be a text, got {value!r:.80}")
-        return value
-
-    def whole(self, name: str) -> int:
-        value = self.get(name)
-        if type(value) is not int:
-            raise ValueError(f"{name} must be a whole number, got {value!r:.80}")
-        return value
-
-    def number(self, name: str, most: float) -> float:
-        value = self.get(name)
-        if type(value) not in (int, float) or not 0 <= value <= most:
-            raise ValueError(f"{name} must be a number from 0 to {most:g}, got {value!r:.80}")
-        return float(value)
-
-    def side(self) -> int:
-        side = self.whole("side")
-        if side not in (0, 1):
-            raise ValueError(f"side must be 0 or 1, got {side}")
-        return side
-
-    def seed(self) -> int:
-        return as_seed(self.get("seed"))
-
-    def tokens(self) -> list[int]:
-        tokens = self.get("tokens")
-        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-            raise ValueError(f"tokens must be a list of whole numbers, got {tokens!r:.80}")
-        return tokens
-
-    def decoding(self) -> Decoding:
-        return Decoding(
-            self.number("temperature", TEMPERATURE),
-            self.whole("top_k"),
-            self.number("top_p", 1.0),
-            self.number("guidance", GUIDANCE),
-        )
 
 
 def _object(body: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import ipaddress
+import os
 import socket
 
 
@@ -30,7 +31,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
+        what = os.strerror(error.errno) if isinstance(error.errno, int) and error.errno > 0 else str(error)
         raise OSError(
-            f"cannot listen at --host {host} --port {port}: {error.strerror or error}; give another --port, or 0 for a "
-            "free one"
+            f"cannot listen at --host {host} --port {port}: {what}; give another --port, or 0 for a free one"
         ) from None
