@@ -19,8 +19,8 @@ def player(tokenizer, reward):
     return Player(tiny_policy(tokenizer), reward)
 
 
-def finished(player, seed=1, decoding=Decoding(), **options):
-    drawing = Drawing(player, PROMPT, decoding, seed, **options)
+def finished(player, seed=1, decoding=None):
+    drawing = Drawing(player, PROMPT, decoding or Decoding(), seed)
     while not drawing.finished:
         drawing.sample()
     return drawing
