@@ -17,16 +17,19 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.common.processes import Processes, whole_state
 from agents.policies.base import Policy
+from agents.saving import folder as folders
 from agents.saving import zip as zipped
 from agents.saving.saved import Saved, global_random_states, set_global_random_states
+from var_env.hub import HubMixin, by_name
 from var_env.vector import VARTextVectorEnv
 
 RestorableT = TypeVar("RestorableT", bound="Restorable")
 
 
-class Restorable(BaseAlgorithm):
+class Restorable(HubMixin, BaseAlgorithm):
     """An algorithm of Stable-Baselines3 whose parts can be saved. `Agent` tells what the attributes are."""
 
+    hub_kind, hub_loader = "agent", ("agents", "Agent")
     policy: Policy  # type: ignore[assignment]
     env: VARTextVectorEnv | None  # type: ignore[assignment]
     reference: Policy | None
@@ -115,6 +118,15 @@ class Restorable(BaseAlgorithm):
         settings, such as ``learning_rate=1e-5``.
         """
         return load(path, env, device, custom_objects, cls, **kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """As a checkpoint's folder, which runs no code when it is read, unlike a zip."""
+        folders.write_into(self.parts(), save_directory)
+        self._write_config(save_directory)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, **options: Any) -> Any:
+        return by_name("agents.checkpoints:load_folder")(folder, **options)
 
 
 def load(

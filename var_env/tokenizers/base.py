@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, device, nn
 
+from var_env.hub import HubMixin, by_name
 from var_env.schedule import ScaleSchedule
 
 
-class VisualTokenizer(nn.Module, ABC):
+class VisualTokenizer(nn.Module, HubMixin, ABC):
     """Base class of the tokenizers.
 
     Attributes:
@@ -36,6 +37,7 @@ class VisualTokenizer(nn.Module, ABC):
     channels: int
     config: dict[str, Any]
     depth: int = 1
+    hub_kind, hub_loader = "tokenizer", ("var_env.tokenizers", "VisualTokenizer")
 
     @property
     def image_size(self) -> int:
@@ -106,6 +108,14 @@ class VisualTokenizer(nn.Module, ABC):
     @abstractmethod
     def load(cls, path: str | Path | None = None) -> VisualTokenizer:
         """Read a file that :meth:`save` wrote; frozen, in eval mode."""
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory / "tokenizer.safetensors")
+        self._write_config(save_directory)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, **options: Any) -> Any:
+        return by_name("var_env.tokenizers.registry:load_tokenizer")(folder / "tokenizer.safetensors", **options)
 
 
 def to_unit(images: Tensor) -> Tensor:
