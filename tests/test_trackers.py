@@ -1,11 +1,13 @@
 """Weights & Biases: it is sent what TensorBoard gets. A stand-in for the package keeps what it is sent."""
 
+import json
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from stable_baselines3.common.logger import HParam, Image
+from test_examples import COMPARE, TINY, weights  # noqa: F401 (a fixture)
 
 from agents.experiments import compare, train
 from agents.logs import WITHOUT_IMAGES, open_logger, shows_images
@@ -92,7 +94,13 @@ class TestCommands:
             train.parse(["--track", "mlflow"])
         assert "choose from" in capsys.readouterr().err
 
-    def test_training_sends_what_it_logs(self, wandb, tmp_path):
-        from tests.test_going_on import TRAIN  # the smallest run of the command
-
-        assert train.main([*TRAIN, "--track", "wandb", "--out", str(tmp_path / "run")]) == 0
+    def test_training_and_a_comparison_send_what_they_log(self, wandb, tmp_path, weights):  # noqa: F811
+        alone, common = [*weights, *TINY, "--eval-prompts", "2"], [*weights, *COMPARE]
+        assert train.main([*alone, "--track", "wandb", "--out", str(tmp_path / "train")]) == 0
+        assert wandb.ended == 1 and {4, 8, 12, 16} <= wandb.sent.keys()
+        assert "rollout/reward" in wandb.sent[16] and "eval/word_accuracy" in wandb.sent[16]
+        assert json.loads((tmp_path / "train" / "run.json").read_text())["track"] == "wandb"  # for --resume
+        wandb.sent.clear()
+        options = ["--agents", "grpo", "--seeds", "0", "--track", "wandb", "--out", str(tmp_path / "compare")]
+        assert compare.main([*common, *options]) == 0
+        assert wandb.opened[-1]["name"] == "grpo/seed0" and "test/reward" in wandb.sent[16] and wandb.config

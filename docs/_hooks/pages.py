@@ -119,7 +119,9 @@ def cell(text: Any) -> str:
 def table_of(rows: dict[str, tuple[Any, str]]) -> str:
     """Options as a table: name to default and text."""
     lines = ["| option | default | what it does |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| `{name}` | `{cell(repr(value))}` | {cell(text)} |" for name, (value, text) in rows.items())])
+    return "\n".join(
+        [*lines, *(f"| `{name}` | `{cell(repr(value))}` | {cell(text)} |" for name, (value, text) in rows.items())]
+    )
 
 
 def option_rows(name: str) -> dict[str, tuple[Any, str]]:
@@ -151,7 +153,9 @@ def options(name: str, source: str) -> str:
         variant = recipes.VARIANTS[name]
         lines = [f"| option | here | [`{variant.of}`]({variant.of}.md#options) |", "|---|---|---|"]
         usual = recipes.options_in(variant.of)
-        return "\n".join([*lines, *(f"| `{o}` | `{value!r}` | `{usual[o]!r}` |" for o, value in variant.options.items())])
+        return "\n".join(
+            [*lines, *(f"| `{o}` | `{value!r}` | `{usual[o]!r}` |" for o, value in variant.options.items())]
+        )
     part = recipes.known()[name]
     rows = option_rows(name)
     table = table_of(rows) if rows else "It has none of its own."
