@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from stable_baselines3.common.logger import HParam, Image
-from test_examples import COMPARE, TINY, weights  # noqa: F401 (a fixture)
+from test_examples import TINY, weights  # noqa: F401 (a fixture)
 
 from agents.experiments import compare, train
 from agents.logs import WITHOUT_IMAGES, open_logger, shows_images
@@ -95,12 +95,11 @@ class TestCommands:
         assert "choose from" in capsys.readouterr().err
 
     def test_training_and_a_comparison_send_what_they_log(self, wandb, tmp_path, weights):  # noqa: F811
-        alone, common = [*weights, *TINY, "--eval-prompts", "2"], [*weights, *COMPARE]
-        assert train.main([*alone, "--track", "wandb", "--out", str(tmp_path / "train")]) == 0
-        assert wandb.ended == 1 and {4, 8, 12, 16} <= wandb.sent.keys()
-        assert "rollout/reward" in wandb.sent[16] and "eval/word_accuracy" in wandb.sent[16]
+        common = [*weights, *TINY, "--images", "4", "--track", "wandb"]  # one update
+        assert train.main([*common, "--eval-prompts", "2", "--out", str(tmp_path / "train")]) == 0
+        assert wandb.ended == 1 and {"rollout/reward", "eval/word_accuracy"} <= wandb.sent[4].keys()
         assert json.loads((tmp_path / "train" / "run.json").read_text())["track"] == "wandb"  # for --resume
         wandb.sent.clear()
-        options = ["--agents", "grpo", "--seeds", "0", "--track", "wandb", "--out", str(tmp_path / "compare")]
-        assert compare.main([*common, *options]) == 0
-        assert wandb.opened[-1]["name"] == "grpo/seed0" and "test/reward" in wandb.sent[16] and wandb.config
+        few = ["--agents", "grpo", "--seeds", "0", "--test-prompts", "2", "--val-prompts", "2"]
+        assert compare.main([*common, *few, "--out", str(tmp_path / "compare")]) == 0
+        assert wandb.opened[-1]["name"] == "grpo/seed0" and "test/reward" in wandb.sent[4] and wandb.config
