@@ -7,23 +7,25 @@ INSTALLED := .venv/.installed
 BIN := .venv/bin
 PADDLE := .venv-paddle
 
-.PHONY: help compare ablate results test test-paddle soak lint bench pretrain clean
+.PHONY: help compare ablate results table test test-paddle soak lint docs bench pretrain clean
 
 help:
 	@echo "make compare   train agents from the shipped base policy and compare them on held-out words (runs/)"
 	@echo "make ablate    the paper's ablations; ARGS=m for one of them (hours for all)"
 	@echo "make results   what is in results/, again: many hours"
+	@echo "make table     the tables of README.md and results/README.md, from results/quick"
 	@echo "make test      run the tests in two processes; ARGS='-n 8' for more"
 	@echo "make test-paddle  test the PaddleOCR engine, in an environment of its own (.venv-paddle)"
 	@echo "make soak      runs that are killed and go on, a thousand updates in flat memory, a reward service under fire"
 	@echo "make lint      run ruff and mypy"
+	@echo "make docs      build the documentation as a site, build/site/index.html, and fail on a broken link"
 	@echo "make bench     time the environment, the reward, sampling and updates"
 	@echo "make pretrain  train the tokenizer and the base policy from scratch"
 	@echo "make clean     remove .venv, .venv-paddle and caches; runs/ stays"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -c constraints.txt -e ".[dev,docs]"
 	touch $@
 
 compare: $(INSTALLED)
@@ -37,6 +39,9 @@ results: $(INSTALLED)
 	$(BIN)/python examples/ablate.py m alpha --out runs/ablate
 	$(BIN)/python examples/theory.py
 	for run in full ablate; do mkdir -p results/$$run && cp runs/$$run/*.md runs/$$run/*.json runs/$$run/*.png results/$$run; done
+
+table: $(INSTALLED)
+	$(BIN)/python docs/_hooks/pages.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -60,6 +65,10 @@ soak: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The hooks read the agents' options from this clone's packages.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python examples/bench.py $(ARGS)

@@ -25,6 +25,7 @@ from agents.common import pictures
 from agents.common.processes import Processes, current
 from agents.losses import per_grid
 from agents.rollout import Rollout
+from agents.trackers import WandbOutput
 from rewards.old_names import keep_old_names
 from var_env.schedule import ScaleSchedule
 
@@ -36,7 +37,7 @@ def open_logger(folder: str | Path, formats: Sequence[str], step: int | None = N
 
     Args:
         folder: of the run.
-        formats: "stdout", "log", "json", "csv", "tensorboard".
+        formats: "stdout", "log", "json", "csv", "tensorboard", "wandb".
         step: of a run that goes on, ``images_decoded`` of its checkpoint. What "csv" and "tensorboard" logged after it
             is taken back, since it will be logged again; the other files begin anew.
 
@@ -45,12 +46,17 @@ def open_logger(folder: str | Path, formats: Sequence[str], step: int | None = N
     if not current().is_first:
         return Logger(None, [])
     Path(folder).mkdir(parents=True, exist_ok=True)
+    return Logger(str(folder), [open_writer(Path(folder), name, step) for name in formats])
+
+
+def open_writer(folder: Path, name: str, step: int | None) -> KVWriter:
+    """One of the formats of `open_logger`."""
+    if name == "wandb":
+        return WandbOutput(folder, step)
     kinds = {"csv": ContinuedCSV, "tensorboard": ContinuedTensorBoard}
-    writers: list[KVWriter] = [
-        make_output_format(name, str(folder)) if step is None or name not in kinds else kinds[name](Path(folder), step)
-        for name in formats
-    ]
-    return Logger(str(folder), writers)
+    if step is None or name not in kinds:
+        return make_output_format(name, str(folder))
+    return kinds[name](folder, step)
 
 
 class ContinuedCSV(CSVOutputFormat):
@@ -90,7 +96,7 @@ class ContinuedTensorBoard(TensorBoardOutputFormat):
 
 def shows_images(logger: Logger) -> bool:
     """Whether a writer of this logger can show one; making it may be skipped otherwise."""
-    return any(isinstance(writer, TensorBoardOutputFormat) for writer in logger.output_formats)
+    return any(isinstance(writer, TensorBoardOutputFormat | WandbOutput) for writer in logger.output_formats)
 
 
 def bands_of(schedule: ScaleSchedule, steps: range) -> list[tuple[str, int]]:

@@ -29,6 +29,7 @@ FLOORS = {  # a module may import its own floor and those above it in this table
         "agents.saving.",
         "agents.split_rule",
         "agents.timing",
+        "agents.trackers",
     ),
     "base": ("agents.base", "agents.progress", "agents.restorable", "agents.step_locals", "agents.trainable"),
     "algorithms and wrappers": ("agents.",),

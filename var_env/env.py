@@ -75,7 +75,7 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
         ValueError: an option out of its range; a reward's score that is not finite, from :meth:`step`.
         ResetNeeded: a step before the first reset or after the end.
 
-    Example:
+    Examples:
         >>> env = gym.make("VARText-v0", split="val")  # doctest: +SKIP
         >>> observation, info = env.reset(seed=0)  # doctest: +SKIP
     """

@@ -77,7 +77,7 @@ class PromptWorld(World):
         ValueError: a file that cannot be read, with its name, the line and the entry; files of both layouts; a split
             or a number of regions that the files do not have.
 
-    Example:
+    Examples:
         >>> world = PromptWorld("dnkdnk/CVTG-2K", size=256, split="test", regions="target")  # doctest: +SKIP
     """
 

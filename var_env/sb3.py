@@ -32,7 +32,7 @@ def infos_of(info: Mapping[str, Any], rows: int) -> list[dict[str, Any]]:
 class FlattenCanvas(gym.ActionWrapper[dict[str, Any], np.ndarray, np.ndarray], RecordConstructorArgs):
     """Lets actions of the single environment be flat canvases, ``(H * W,)``.
 
-    Example:
+    Examples:
         >>> env = FlattenCanvas(gym.make("VARText-v0"))  # doctest: +SKIP
         >>> PPO("MultiInputPolicy", env)  # doctest: +SKIP
     """
@@ -53,7 +53,7 @@ class VARTextVecEnv(VecEnv):
     After the last step the observation is that of the next episode, ``infos[i]["terminal_observation"]`` is the old
     one, and ``infos[i]`` holds what the environment's terminal info does.
 
-    Example:
+    Examples:
         >>> env = VARTextVecEnv(gym.make_vec("VARText-v0", num_envs=8))  # doctest: +SKIP
         >>> PPO("MultiInputPolicy", env)  # doctest: +SKIP
     """

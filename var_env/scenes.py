@@ -92,7 +92,7 @@ class World:
         ValueError: an unknown split or placement, a size off the lattice, or a profile that is empty, does not sum
             to one, or asks for more words than fit.
 
-    Example:
+    Examples:
         >>> scene = World().sample(np.random.default_rng(3))
         >>> scene.prompt
         'A navy sign that says "ELK" above "WHGD" in yellow letters'

@@ -26,7 +26,7 @@ class ScaleSchedule:
     Raises:
         ValueError: no grid, a size below 1, a grid larger than the last one, or a canvas that the grids do not fill.
 
-    Example:
+    Examples:
         >>> schedule = ScaleSchedule([(1, 1), (2, 2), (4, 4)], patch=16)
         >>> len(schedule), schedule.total_tokens, schedule.slices[1]
         (3, 21, slice(1, 5, None))
@@ -59,7 +59,7 @@ class ScaleSchedule:
         Args:
             canvas: ``(H, W)``; T is ``H * W`` and every grid ``(1, 1)``.
 
-        Example:
+        Examples:
             >>> schedule = ScaleSchedule.raster((24, 24))  # Janus-Pro
             >>> len(schedule), schedule.total_tokens, schedule.canvas
             (576, 576, (24, 24))
@@ -124,7 +124,7 @@ class ScaleSchedule:
     def bands(self) -> tuple[tuple[str, range], ...]:
         """What people look at one by one, as a name and its steps: each grid, or each row of a raster.
 
-        Example:
+        Examples:
             >>> ScaleSchedule([(1, 1), (2, 2)]).bands
             (('1_1x1', range(0, 1)), ('2_2x2', range(1, 2)))
             >>> ScaleSchedule.raster((2, 3)).bands

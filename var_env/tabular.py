@@ -299,7 +299,7 @@ class VARTabularEnv(VARTextEnv):
         TypeError: an option that does not exist.
         ValueError: an option out of its range; too many images.
 
-    Example:
+    Examples:
         >>> env = VARTabularEnv(reward="xor")
         >>> env.reset(seed=0)[0]["tokens"]
         array([-1, -1, -1, -1, -1, -1, -1])

@@ -12,7 +12,7 @@ U = TypeVar("U")
 class Registry(Mapping[str, T]):
     """Named things of one kind, in the order in which they were added.
 
-    Example:
+    Examples:
         >>> shapes: Registry[Callable[[float], float]] = Registry("shape")
         >>> @shapes.register("square")
         ... def square(side):

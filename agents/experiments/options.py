@@ -105,6 +105,15 @@ class Parser(argparse.ArgumentParser):
         self.print_help()
 
 
+def add_track_option(parser: Parser) -> None:
+    """``--track``, a format of `agents.logs.open_logger`."""
+    parser.add_argument(
+        "--track",
+        choices=["wandb"],
+        help='send what TensorBoard gets to Weights & Biases, too: pip install "vartext[wandb]"',
+    )
+
+
 def add_model_options(parser: Parser) -> None:
     """``--policy``, ``--tokenizer`` and ``--device``, for `load_policy`."""
     parser.add_argument(

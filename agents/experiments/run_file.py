@@ -27,7 +27,7 @@ FIXED = ("agent", "policy", "tokenizer", "seed", "lora")  # of the checkpoint, a
 JUDGING = (*WORLD, *DECODING, "prompts", "eval_prompts")  # by these the best policy is chosen
 COUNTS = {"images": 6400, "save_every": 20, "save_total": 2, "eval_every": 20, "eval_prompts": 64}  # at least 1
 DEFAULTS = COUNTS | {"agent": "grpo", "seed": 0, "reward": "ocr", "reward_kwargs": {}}  # where a run does not tell
-NAMES = ("agent", "policy", "tokenizer", "seed", "plugin", *WORLD, *DECODING, "schedule", "warmup", *COUNTS)
+NAMES = ("agent", "policy", "tokenizer", "seed", "plugin", *WORLD, *DECODING, "schedule", "warmup", "track", *COUNTS)
 
 
 def plain(name: str, value: Any) -> Any:

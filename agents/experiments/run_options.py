@@ -14,6 +14,7 @@ from agents.experiments.options import (
     add_model_options,
     add_prompts_option,
     add_reward_options,
+    add_track_option,
     option_of,
     require_at_least_one,
 )
@@ -53,6 +54,7 @@ def add_run_options(parser: Parser, presets: Mapping[str, Preset]) -> None:
     add_model_options(parser)
     add_reward_options(parser)
     add_prompts_option(parser)
+    add_track_option(parser)
     common = parser.add_argument_group("what all runs have in common")
     for entry in dataclasses.fields(Preset):
         values = {name: getattr(preset, entry.name) for name, preset in presets.items()}
@@ -86,6 +88,10 @@ def finish(args: argparse.Namespace, preset: Preset) -> None:
     args.tuned = COMMON  # a command that takes --settings says otherwise
     require_at_least_one(save_every=args.save_every)
     check_ray(args)
+    if args.track:
+        from agents.trackers import require_wandb  # not above: it takes torch with it
+
+        require_wandb()
     args.method = {name: value for name, value in agent_settings(args).items() if name not in given}
 
 

@@ -182,7 +182,7 @@ class Comparison:
         cap = settings.seconds or None
         saves = CheckpointEvery(folder / "checkpoints", self.save_every)
         agent, step = self.start(cell, folder, saves.checkpoints)
-        agent.set_logger(open_logger(folder, ["tensorboard", "csv"], step))
+        agent.set_logger(open_logger(folder, ["tensorboard", "csv", *filter(None, [self.args.track])], step))
         callbacks: list[BaseCallback] = [
             saves,
             CurveEval(settings.eval_every, self.val, "val", NOISE_SEED, self.decoding, base=self.before),

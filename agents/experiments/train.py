@@ -35,6 +35,7 @@ from agents.experiments.options import (
     add_prompts_option,
     add_regions_option,
     add_reward_options,
+    add_track_option,
     clear_errors,
     option_of,
     require_at_least_one,
@@ -68,6 +69,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(reward=None, reward_kwargs=None)  # so that what is given again can be told apart
     add_regions_option(parser)
     add_prompts_option(parser)
+    add_track_option(parser)
     add_decoding_options(parser)
     parser.add_later(lambda _: add_agent_options(parser))
     group = parser.rare_group("the learning rate over time")

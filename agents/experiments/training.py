@@ -103,8 +103,8 @@ def agent_again(args: argparse.Namespace, checkpoints: Checkpoints) -> tuple[Age
     agent.unwrapped.decoding = decoding_from(args, agent.decoding)
     if agent.processes.is_first and not old:
         for name, was in changed.items():
-            same_run = name in run_file.COUNTS and (
-                name != "images" or args.schedule is None
+            same_run = name == "track" or (
+                name in run_file.COUNTS and (name != "images" or args.schedule is None)
             )  # a schedule ends with the images
             note = "" if same_run else ": it is another run from here on"
             print(run_file.told(name, given[name], was) + note, file=sys.stderr)
@@ -148,7 +148,8 @@ def run(args: argparse.Namespace) -> int:
         agent.processes.barrier()
         if args.resume and comparable:
             evaluation.go_on()
-        agent.set_logger(open_logger(args.out, ["tensorboard"], agent.images_decoded if args.resume else None))
+        formats = ["tensorboard", *filter(None, [args.track])]
+        agent.set_logger(open_logger(args.out, formats, agent.images_decoded if args.resume else None))
     with Interrupt("finishing this update and saving; once more gives up") as interrupt:
         callbacks: list[BaseCallback] = [
             saves,

@@ -22,7 +22,7 @@ class ClassNames:
     Raises:
         ValueError: there is not one label a class.
 
-    Example:
+    Examples:
         >>> names = ClassNames(2, ["tench, Tinca tinca", "golden retriever"])
         >>> [names.number(prompt) for prompt in ("1", "Golden Retriever", "tench", "")]
         [1, 1, 0, 2]

@@ -77,7 +77,7 @@ class InfinityPolicy(VARPolicy):
         gradient_checkpointing: recompute the blocks in the backward pass, for less memory.
         precision, lora: as in `VARPolicy`.
 
-    Example:
+    Examples:
         >>> tokenizer = InfinityTokenizer.load_public("infinity_vae_d32reg.pth", 1024)  # doctest: +SKIP
         >>> policy = InfinityPolicy.load_public(  # doctest: +SKIP
         ...     "infinity_2b_reg.pth", tokenizer, "google/flan-t5-xl", "cuda", torch.bfloat16

@@ -33,7 +33,7 @@ RESOLUTIONS = {256: 7, 512: 10, 768: 12, 1024: 13}  # px to the number of grids,
 def infinity_schedule(resolution: int) -> ScaleSchedule:
     """The public schedule for square images. ``ValueError`` for a resolution that it does not have.
 
-    Example:
+    Examples:
         >>> infinity_schedule(256).grids[-1]
         (16, 16)
     """
@@ -54,7 +54,7 @@ class InfinityTokenizer(BitTokenizer):
     Raises:
         ValueError: the schedule's patch is not 16 pixels.
 
-    Example:
+    Examples:
         >>> tokenizer = InfinityTokenizer.load_public("infinity_vae_d32reg.pth", 1024)  # doctest: +SKIP
         >>> tokenizer.save("infinity_vae.safetensors")  # doctest: +SKIP
     """

@@ -48,7 +48,7 @@ class VARTokenizer(Tokenizer):
     Raises:
         ValueError: the schedule's patch is not 16 pixels.
 
-    Example:
+    Examples:
         >>> tokenizer = VARTokenizer.load_public("vae_ch160v4096z32.pth", VAR_512)  # doctest: +SKIP
         >>> tokenizer.save("vae_512.safetensors")  # doctest: +SKIP
     """
