@@ -10,9 +10,9 @@ temperature of the sampler in training and the epochs, how often each rollout is
 them. VMR takes two more coordinates of the same points, its split m and its K (suffixes that value a prefix). The best
 trial by mean reward on the validation prompts gives the agent's settings. No test prompt is looked at.
 
-In --out: tuned.json (the settings of each agent, with every trial), results.md (a table of the trials), and a folder
-for each run. A call that was stopped goes on where it was. To make what was found the default of compare, copy
-tuned.json to agents/experiments/.
+In --out: tuned.json (the settings of each agent, with every trial), results.md (a table of the trials), report.html
+(the same with curves and images, for a browser), results.json, and a folder for each run. A call that was stopped goes
+on where it was. To make what was found the default of compare, copy tuned.json to agents/experiments/.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from agents.experiments.agent_options import add_plugin_option
 from agents.experiments.cells import Cell, Result
 from agents.experiments.compare import AGENTS
 from agents.experiments.options import Parser, clear_errors, require_at_least_one
-from agents.experiments.output import require_folder, table, write_json, write_text
+from agents.experiments.output import require_folder, table, write_json, write_results
 from agents.experiments.run_options import Preset, add_run_options, finish
 from agents.experiments.tuned import WORLD
 
@@ -98,7 +98,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from agents.experiments import tables
+    from agents.experiments import html_report, tables
     from agents.experiments.runs import Comparison
 
     with clear_errors():
@@ -132,8 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"The base policy has {base['metrics']['reward'][0]:.3f}. The best trial of each agent is marked."
         )
         page = ["# Trials", about, text, "## Settings", tables.setting_list(comparison.described)]
-        write_text(args.out / "results.md", "\n\n".join(page) + "\n")
-        return f"{text}\n\n{args.out}: tuned.json, results.md"
+        write_results(args.out, page, settings=comparison.described, trials=agents, base=base, runs=results)
+        html_report.write(args.out)
+        return f"{text}\n\n{args.out}: report.html, tuned.json, results.md, results.json"
 
     return comparison.run(list(plan), write)
 
