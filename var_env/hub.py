@@ -93,7 +93,7 @@ class HubMixin(ModelHubMixin, library_name="vartext", tags=["vartext", "text-to-
         (folder / "config.json").write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -135,7 +135,7 @@ class HubMixin(ModelHubMixin, library_name="vartext", tags=["vartext", "text-to-
             )
         return found
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload to the hub as "owner/name", and return the address of the commit.
 
         Args:
@@ -145,7 +145,7 @@ class HubMixin(ModelHubMixin, library_name="vartext", tags=["vartext", "text-to-
         card = {"repo_id": repo_id, **(options.pop("model_card_kwargs", None) or {})}
         return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
 
-    def generate_model_card(self, **content: Any) -> ModelCard:  # type: ignore[override]
+    def generate_model_card(self, **content: Any) -> ModelCard:
         """The card of this object.
 
         Args:
