@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 BIN := .venv/bin
 PADDLE := .venv-paddle
 
-.PHONY: help compare ablate results table test test-paddle soak lint docs bench pretrain clean
+.PHONY: help compare ablate results table test test-browser test-paddle soak lint docs bench pretrain clean
 
 help:
 	@echo "make compare   train agents from the shipped base policy and compare them on held-out words (runs/)"
@@ -15,6 +15,7 @@ help:
 	@echo "make results   what is in results/, again: many hours"
 	@echo "make table     the tables of README.md and results/README.md, from results/quick"
 	@echo "make test      run the tests in two processes; ARGS='-n 8' for more"
+	@echo "make test-browser  open the report and TensorBoard in headless Chromium"
 	@echo "make test-paddle  test the PaddleOCR engine, in an environment of its own (.venv-paddle)"
 	@echo "make soak      runs that are killed and go on, a thousand updates in flat memory, a reward service under fire"
 	@echo "make lint      run ruff and mypy"
@@ -45,6 +46,12 @@ table: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# In Debian's Chromium, or that whose path is in CHROMIUM.
+test-browser: $(INSTALLED)
+	@command -v $${CHROMIUM:-chromium} >/dev/null || { echo "error: no Chromium here: apt-get install chromium, or give its path as CHROMIUM"; exit 1; }
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,browser]"
+	$(BIN)/python -m pytest -m browser tests/test_browser.py $(ARGS)
 
 # PaddleOCR needs an older numpy and OpenCV than the results were made with.
 $(PADDLE)/.installed: pyproject.toml constraints.txt

@@ -7,6 +7,7 @@ learning; see ``grpo.py``. `Agent` itself stands on ``trainable.py``, the weight
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from abc import abstractmethod
@@ -63,6 +64,7 @@ class Agent(Trainable):
         num_timesteps: environment steps, one for each grid of each row. ``learn(reset_num_timesteps=True)`` starts
             this count again. The other counters are never reset, and saved files keep them.
         images_decoded, tokens_sampled, n_updates: reward calls, tokens, calls of ``update``, over all processes.
+        lr_factor: what the learning rates are multiplied with; 1 unless an algorithm adapts it.
         skipped_steps: optimiser steps that were skipped, see ``max_skipped``.
         seconds: time in sampling, decoding, reward and update; callbacks do not count.
         reference: the frozen policy that the KL term holds on to, if the algorithm has one.
@@ -88,6 +90,12 @@ class Agent(Trainable):
             "AdamW's, a number or a function of the remaining progress, 1 to 0, such as those of "
             "``agents/common/schedules.py``.",
         ] = 5e-5,
+        temperature_lr: Annotated[
+            float | Schedule | None,
+            "the learning rate of the policy's learned temperatures, as ``learning_rate``; 0 freezes them, so that a "
+            "gain is in what is drawn and not in how sharply. Their gradient is clipped apart from that of the "
+            "weights. ``None``: they are learned and clipped with the weights.",
+        ] = 0.0,
         max_grad_norm: Annotated[float, "the gradient is scaled down to this norm."] = 1.0,
         max_skipped: Annotated[
             int,
@@ -139,6 +147,8 @@ class Agent(Trainable):
         require_groups(type(self), group_size)
         if not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
+        if not (temperature_lr is None or callable(temperature_lr) or is_rate(temperature_lr)):
+            raise ValueError(f"temperature_lr must be a finite number of at least 0, got {temperature_lr!r}")
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 and below 1, got {ema_decay}")
         self.processes = processes.current()
@@ -149,6 +159,7 @@ class Agent(Trainable):
             add_lora(self.policy, **{"seed": seed or 0, **lora_options(lora)})
         self.reference: Policy | None = None
         self.ema: Policy | None = None
+        self.temperature_lr, self.lr_factor = temperature_lr, 1.0
         self.max_grad_norm, self.max_skipped, self.ema_decay = max_grad_norm, max_skipped, ema_decay
         self.skipped_steps = self._skipped_in_a_row = self._steps = self._steps_that_moved = 0
         self.group_size, self.prompts_per_update = group_size, prompts_per_update
@@ -423,6 +434,11 @@ class Agent(Trainable):
         if world is not None:
             for prompt in prompts_of(observation, scale=0):
                 warn_of_prompt(prompt, world)
+
+
+def is_rate(value: Any) -> bool:
+    """Whether it is a number that a learning rate can be."""
+    return isinstance(value, float | int) and 0 <= value < math.inf
 
 
 def is_out_of_memory(error: BaseException) -> bool:

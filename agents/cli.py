@@ -16,6 +16,7 @@ from importlib.util import find_spec
 COMMANDS = {  # each a module of agents/experiments with a main()
     "compare": "train agents with the same budget and compare them on held-out prompts",
     "ablate": "the paper's ablations, a table and a figure each",
+    "report": "write the report.html of a results folder again",
     "train": "train one agent",
     "evaluate": "measure a policy on held-out prompts",
     "tune": "search for the settings of agents, with as many runs for each",

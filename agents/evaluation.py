@@ -38,6 +38,8 @@ class Evaluation:
     parts: dict[str, np.ndarray]  # the reward's parts, NaN where one is not applicable
     words_read: list[list[str]]
     images: np.ndarray  # (N, S, S, 3) uint8
+    regions: list[np.ndarray]  # N of (number found, 4), where the reward looked, xyxy in pixels
+    grids: list[torch.Tensor]  # T of (min(N, keep_grids), n_t, D), the tokens of the first images
     beside: Record  # what no reward sees, see `attributes`; nothing for scenes that are no `Scene`
 
     def means(self) -> dict[str, float]:
@@ -73,6 +75,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 64,
     best_of: int = 1,
+    keep_grids: int = 0,
 ) -> Evaluation:
     """Draw one image for each prompt, or the best of several, and score it. The same arguments, the same result.
 
@@ -83,8 +86,10 @@ def evaluate(
         batch_size: images at a time; another size draws other noise.
         best_of: images for each prompt, of which the one with the highest reward is kept, the first of equals.
             All that is returned is of the image kept, so that word accuracy and NED tell what the choice is worth.
+        keep_grids: of how many prompts, the first ones, the tokens are returned too, at least 0.
     """
     require_at_least(1, batch_size=batch_size, best_of=best_of)
+    require_at_least(0, keep_grids=keep_grids)
     seed = as_seed(seed)
     base = VARTextVectorEnv(1, **env) if isinstance(env, Mapping) else inner_env(env)
     scenes = held_out_scenes(base.world, prompts, seed) if isinstance(prompts, int) else list(prompts)
@@ -115,6 +120,11 @@ def evaluate(
         parts={name: np.concatenate([rollout.parts[name] for rollout in rollouts]) for name in rollouts[0].parts},
         words_read=words_read,
         images=images,
+        regions=[boxes for rollout in rollouts for boxes in rollout.regions],
+        grids=[
+            torch.cat([draw.tokens for draw in of_grid])[:keep_grids]
+            for of_grid in zip(*(rollout.draws for rollout in rollouts), strict=True)
+        ],
         beside=measure_beside(images, scenes, words_read),
     )
 

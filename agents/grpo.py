@@ -35,6 +35,7 @@ from agents.common.checks import require_above, require_at_least, require_choice
 from agents.common.registry import register
 from agents.dynamic_sampling import sample_useful
 from agents.hooks import Hooks
+from agents.kl_step import next_factor
 from agents.log_probs import LogProbs
 from agents.losses import TokenWeights
 from agents.rollout import Rollout, weights_version
@@ -92,6 +93,12 @@ class GRPO(LogProbs):
             "an update ends before an optimiser step at which the policy's KL from the one that sampled, "
             "estimated on the minibatch, is above 1.5 times this (as in Stable-Baselines3). ``None``: never.",
         ] = None,
+        kl_per_update: Annotated[
+            float | None,
+            "adapts the learning rate: it is divided by 1.5 after an update whose KL, policy before to policy after, "
+            "a mean over tokens, is above twice this, and multiplied by 1.5 when it is below half. Takes two more "
+            "forward passes. ``None``: the learning rate as it is given.",
+        ] = None,
         refresh_reference: Annotated[
             int, "updates after which the reference becomes the policy as it then is; 0 for never."
         ] = 0,
@@ -104,6 +111,7 @@ class GRPO(LogProbs):
         require_at_least(1, epochs=epochs, minibatches=minibatches, max_batches=max_batches)
         require_at_least(0, refresh_reference=refresh_reference)
         require_above(0.0, clip_range=clip_range, clip_range_high=clip_range_high, target_kl=target_kl)
+        require_above(0.0, kl_per_update=kl_per_update)
         require_above(1.0, dual_clip=dual_clip)
         if not entropy_coef >= 0:
             raise ValueError(f"entropy_coef must be at least 0, got {entropy_coef}")
@@ -112,7 +120,7 @@ class GRPO(LogProbs):
         self.advantage_scale, self.advantage_eps = advantage_scale, advantage_eps
         self.dynamic_sampling, self.max_batches = dynamic_sampling, max_batches
         self.epochs, self.minibatches = epochs, minibatches
-        self.target_kl, self.refresh_reference = target_kl, refresh_reference
+        self.target_kl, self.kl_per_update, self.refresh_reference = target_kl, kl_per_update, refresh_reference
         self.outermost: Hooks = self
         super().__init__(policy, env, **common)
 
@@ -142,14 +150,18 @@ class GRPO(LogProbs):
     def fill(self, rollout: Rollout, steps: range) -> Rollout:
         """The rollout with the log-probabilities that its update of ``steps`` needs; they do not depend on scores.
 
-        ``ref_logp`` is for an estimated KL. ``old_logp`` is for a KL in the reward and for several optimiser steps.
+        ``ref_logp`` is for an estimated KL. ``old_logp`` is for a KL in the reward, for that of the update and for
+        several optimiser steps, ``old_soft`` for the latter with soft codes.
         """
         rollout.require_current(self.policy, steps)
         found: dict[str, Any] = {}
         estimated = bool(self.kl_coef) and self.kl != "full"
         if estimated and rollout.ref_logp is None and self.reference is not None:
             found["ref_logp"] = self.all_log_probs(self.reference, rollout, steps)
-        if rollout.old_logp is None and (not self.one_step or (estimated and self.kl_in == "reward")):
+        if self.soft_codes is not None and not self.one_step and rollout.old_soft is None:
+            found["old_logp"], found["old_soft"] = self.old_soft_log_probs(rollout, steps)
+        before = not self.one_step or self.kl_per_update is not None or (estimated and self.kl_in == "reward")
+        if before and rollout.old_logp is None and "old_logp" not in found:
             found["old_logp"] = self.old_log_probs(rollout, steps)
         return replace(rollout, **found, version=weights_version(self.policy)) if found else rollout
 
@@ -213,7 +225,10 @@ class GRPO(LogProbs):
         Earlier grids are input, and later grids are not computed. So the rollout needs the grids up to ``steps.stop``.
         """
         with self.updating():
+            rollout = self.fill(rollout, steps)
             seen, norms = self.descend(rollout, advantages.to(self.device), steps)
+            if self.kl_per_update is not None and norms:
+                self.adapt_learning_rate(rollout, steps)
         if self.refresh_reference and self.n_updates % self.refresh_reference == 0 and self.reference is not None:
             with torch.no_grad():
                 torch._foreach_copy_(list(self.reference.parameters()), list(self.policy.parameters()))
@@ -234,7 +249,6 @@ class GRPO(LogProbs):
         """Take the optimiser steps of an update. Returns what they saw at their tokens, and their gradient norms."""
         gather = self.processes.gather
         weights = TokenWeights(*map(gather, self.outermost.token_weights(rollout, steps)))  # of the global rows
-        rollout = self.fill(rollout, steps)  # once for all optimiser steps
         seen: list[logs.Tokens] = []
         norms: list[float] = []
         for minibatch in self.minibatch_rows(len(weights.policy), shuffle=not self.one_step):  # global rows
@@ -250,6 +264,15 @@ class GRPO(LogProbs):
                 norms.append(norm)
                 seen += tokens
         return seen, norms
+
+    def adapt_learning_rate(self, rollout: Rollout, steps: range) -> None:
+        """Set ``lr_factor`` from the KL of the update that a filled rollout was learned in, see ``kl_step.py``."""
+        assert rollout.old_logp is not None and self.kl_per_update is not None
+        new = self.all_log_probs(self.policy, rollout, steps)  # (B, n)
+        kl = losses.kl_estimate(rollout.old_logp, new, "k3")  # (B, n), the tokens being the old policy's
+        mean = self.processes.mean(kl.double().sum().item(), kl.numel())
+        self.lr_factor = next_factor(self.lr_factor, mean, self.kl_per_update)
+        self.logger.record("train/update_kl", mean)
 
     def own_rows(self, minibatch: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         """This process's share of a minibatch of global rows: the places in it and the rows, int64 ``(b,)`` each.
@@ -270,10 +293,11 @@ class GRPO(LogProbs):
         ``weights`` belong to ``rows``, ``advantages`` to all B rows. Returns the loss and what was seen, detached.
         """
         assert self.one_step or rollout.old_logp is not None, "fill() it first"
+        compared = rollout.old_logp if rollout.old_soft is None else rollout.old_soft  # (B, n)
         total, seen = torch.zeros((), device=self.device), []
         for piece in self.pieces(len(rows)):
             micro = rows[piece]
-            old = None if self.one_step or rollout.old_logp is None else rollout.old_logp[micro]  # (b, n)
+            old = None if self.one_step or compared is None else compared[micro]  # (b, n)
             loss, tokens = self.loss(rollout, micro, advantages[micro], weights.rows(piece), old, steps)
             self.processes.scaled(loss).backward()
             total += loss.detach()
@@ -300,11 +324,15 @@ class GRPO(LogProbs):
             rows: int64, which rows of the rollout; ``b`` of them.
             advantages: theirs, ``(b,)`` or ``(b, n)``.
             weights: theirs, aggregated, ``(b, n)`` each.
-            old: their log-probabilities under the policy that sampled, ``(b, n)``; ``None`` when it is this one.
+            old: what the ratio compares with, their log-probabilities under the policy that sampled, ``(b, n)``; with
+                soft codes, of the tokens' neighbourhoods. ``None`` when it is this policy.
         """
         new = self.log_probs(self.policy, rollout, rows, steps)  # (b, n)
-        old = new.logp.detach() if old is None else old
-        policy_loss, ratio = self.policy_loss(new.logp, old, advantages, steps)  # (b, n)
+        if old is None:
+            plain, old = new.logp.detach(), new.compared.detach()
+        else:
+            plain = old if rollout.old_soft is None or rollout.old_logp is None else rollout.old_logp[rows]
+        policy_loss, ratio = self.policy_loss(new.compared, old, advantages, steps)  # (b, n)
         kl_weight = weights.kl * (self.kl_coef if self.kl_in == "loss" else 0.0)
         entropy_weight = weights.entropy * self.entropy_coef
         kl = torch.zeros_like(policy_loss)
@@ -322,7 +350,7 @@ class GRPO(LogProbs):
             kl_weight=kl_weight,
             entropy_weight=entropy_weight,
             ratio=ratio,
-            behaviour_gap=behaviour - old,
+            behaviour_gap=behaviour - plain,
         )
         return loss, logs.Tokens(*(part.detach() for part in seen))
 

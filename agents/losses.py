@@ -106,6 +106,12 @@ class Predicted(NamedTuple):
     logp: Tensor  # (B, n), summed over D
     entropy: Tensor  # (B, n), summed over D
     everything: Tensor | None = None  # (B, n, D, V)
+    soft: Tensor | None = None  # (B, n), of the tokens' neighbourhoods, see ``agents/soft_codes.py``
+
+    @property
+    def compared(self) -> Tensor:
+        """What a ratio compares, ``(B, n)``: the log-probabilities of the neighbourhoods if there are any."""
+        return self.logp if self.soft is None else self.soft
 
 
 def log_probs(logits: Tensor, tokens: Tensor, support: Tensor | None = None) -> Predicted:

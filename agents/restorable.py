@@ -17,16 +17,19 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.common.processes import Processes, whole_state
 from agents.policies.base import Policy
+from agents.saving import folder as folders
 from agents.saving import zip as zipped
 from agents.saving.saved import Saved, global_random_states, set_global_random_states
+from var_env.hub import HubMixin, by_name
 from var_env.vector import VARTextVectorEnv
 
 RestorableT = TypeVar("RestorableT", bound="Restorable")
 
 
-class Restorable(BaseAlgorithm):
+class Restorable(HubMixin, BaseAlgorithm):
     """An algorithm of Stable-Baselines3 whose parts can be saved. `Agent` tells what the attributes are."""
 
+    hub_kind, hub_loader = "agent", ("agents", "Agent")
     policy: Policy  # type: ignore[assignment]
     env: VARTextVectorEnv | None  # type: ignore[assignment]
     reference: Policy | None
@@ -72,6 +75,10 @@ class Restorable(BaseAlgorithm):
             },
         )
 
+    def load_state(self, name: str, state: dict[str, Any]) -> None:
+        """Set the optimiser, or whatever has the name, to its state in `parts`."""
+        getattr(self, name).load_state_dict(state)
+
     def restore_random(self, states: dict[str, Any]) -> None:
         """Set the global generators, and the environments', to those of `parts`."""
         set_global_random_states(states)
@@ -111,6 +118,15 @@ class Restorable(BaseAlgorithm):
         settings, such as ``learning_rate=1e-5``.
         """
         return load(path, env, device, custom_objects, cls, **kwargs)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """As a checkpoint's folder, which runs no code when it is read, unlike a zip."""
+        folders.write_into(self.parts(), save_directory)
+        self._write_config(save_directory)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, **options: Any) -> Any:
+        return by_name("agents.checkpoints:load_folder")(folder, **options)
 
 
 def load(
@@ -157,11 +173,12 @@ def rebuild(saved: Saved, env: Any, device: torch.device | str, replaced: dict[s
     replaced = dict(replaced)
     for _, options in wrappers:
         options.update({name: replaced.pop(name) for name in options.keys() & replaced.keys()})
-    unknown = sorted(replaced.keys() - saved.settings.keys())
+    settings = {"temperature_lr": None, **saved.settings}  # of before there was a choice
+    unknown = sorted(replaced.keys() - settings.keys())
     if unknown:
-        known = sorted({*saved.settings, *(name for _, options in wrappers for name in options)})
+        known = sorted({*settings, *(name for _, options in wrappers for name in options)})
         raise ValueError(f"unknown setting {unknown[0]!r}: this agent has {', '.join(known)}")
-    agent = _bare({**saved.settings, **replaced}, saved, device)
+    agent = _bare({**settings, **replaced}, saved, device)
     outermost: Any = agent
     for wrapper, options in wrappers:
         outermost = wrapper(outermost, **options)
@@ -182,7 +199,7 @@ def _bare(settings: dict[str, Any], saved: Saved, device: torch.device | str) ->
     agent._setup_model()
     agent._rollouts = settings["_rollouts"]  # seeding starts them again
     for name, state in saved.states.items():
-        getattr(agent, name).load_state_dict(state)
+        agent.load_state(name, state)
     agent.generator.set_state(saved.random["sampler"])
     for name in saved.modules.keys() & {"reference", "ema"}:
         setattr(agent, name, saved.modules[name].to(agent.device).eval().requires_grad_(False))

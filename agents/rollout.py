@@ -85,6 +85,7 @@ class Rollout:
     forks: Forks = ()  # where the images of a prompt parted, see `collect`
     # What the policies say of these rows before the update, n being the tokens of the grids that it learns.
     old_logp: Tensor | None = None  # (B, n) float32, of the policy
+    old_soft: Tensor | None = None  # (B, n) float32, of the policy and the tokens' neighbourhoods, with soft codes
     ref_logp: Tensor | None = None  # (B, n) float32, of the reference
     features: Tensor | None = None  # (B, T, W) float32, what PPO's critic sees of the state before each grid
     version: int | None = None  # of the policy's weights that these are of, see `weights_version`
@@ -103,7 +104,7 @@ class Rollout:
         return self.returns.shape[2]
 
     def require_current(self, policy: Policy, steps: range) -> None:
-        """Check that ``old_logp``, ``ref_logp`` and ``features``, if given, belong to today's weights and these steps.
+        """Check that what the policies say of the rows, if given, belongs to today's weights and these steps.
 
         Raises:
             ValueError: the weights have changed since, as after an update.
@@ -111,10 +112,10 @@ class Rollout:
         if self.version not in (None, weights_version(policy)):
             raise ValueError(
                 "the weights have changed since this rollout's log-probabilities were computed: sample a new one, or "
-                "set its old_logp, ref_logp, features and version to None to have them computed again"
+                "set its old_logp, old_soft, ref_logp, features and version to None to have them computed again"
             )
         shape = len(self.scenes), sum(policy.schedule.sizes[t] for t in steps)
-        for logp in (self.old_logp, self.ref_logp):
+        for logp in (self.old_logp, self.old_soft, self.ref_logp):
             assert logp is None or logp.shape == shape, f"log-probabilities of {tuple(logp.shape)}, not {shape}"
 
     def require_finite(self) -> None:
@@ -145,8 +146,8 @@ class Rollout:
         )
 
     def before_update(self) -> dict[str, Any]:
-        """Those of ``old_logp``, ``ref_logp`` and ``features`` that are not ``None``, by name."""
-        found = {name: getattr(self, name) for name in ("old_logp", "ref_logp", "features")}
+        """Those of ``old_logp``, ``old_soft``, ``ref_logp`` and ``features`` that are not ``None``, by name."""
+        found = {name: getattr(self, name) for name in ("old_logp", "old_soft", "ref_logp", "features")}
         return {name: values for name, values in found.items() if values is not None}
 
     def groups(self, policy: Policy, keep: Tensor) -> Rollout:

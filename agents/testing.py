@@ -355,6 +355,18 @@ class TokenizerContract:
             assert tokenizer.embed(t, low).shape[:2] == shape[:2]
             assert not torch.equal(tokenizer.embed(t, low), tokenizer.embed(t, high))
 
+    def test_distances_are_those_of_the_embedding(self) -> None:
+        tokenizer = self.make_tokenizer()
+        try:
+            distances = tokenizer.code_distances()
+        except NotImplementedError as error:
+            raise unittest.SkipTest(str(error)) from None
+        last = len(tokenizer.schedule) - 1
+        one, two = (random_grids(tokenizer, 1, seed)[last] for seed in (1, 2))  # (1, n, D)
+        apart = (tokenizer.embed(last, one) - tokenizer.embed(last, two)).square().sum(-1)  # (1, n)
+        torch.testing.assert_close(distances[one, two].sum(-1), apart, atol=1e-4, rtol=1e-4)
+        assert torch.equal(distances, distances.T) and not distances.diagonal().any()
+
     def test_save_and_load(self) -> None:
         tokenizer = self.make_tokenizer()
         canvas = self.canvases(tokenizer, random_grids(tokenizer, 2))[-1]

@@ -1,6 +1,7 @@
 """Small stand-ins for the shipped parts, for tests that are not about images that can be read."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from var_env import ScaleSchedule, Tokenizer
 
 # The files that take longest. Processes that share the tests begin with them, or one would end long after the others.
 LONGEST = ("processes", "examples", "going_on", "ray", "ablate", "wheel", "service")
+PAGE_MS = 120_000  # that a page may take, on a machine with much else to do
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core: one thread for each, and for those that it starts
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -71,3 +73,51 @@ def reward():
 def parts(tokenizer, reward):
     """Keyword arguments of an environment with the small tokenizer and the toy reward."""
     return {"tokenizer": tokenizer, "reward": reward}
+
+
+@pytest.fixture(scope="module")  # not longer: while it is open, asyncio cannot be used in this process
+def chromium():
+    """A headless Chromium of the system, ``$CHROMIUM`` or the first that is found; the test is skipped without one."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'vartext[browser]'")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium: apt-get install chromium, or give its path as CHROMIUM")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=found, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page_at(chromium):
+    """``page_at(width)`` is an empty page; what its console says of errors fails the test in the end."""
+    pages, errors = [], []
+
+    def open_page(width, **options):
+        page = chromium.new_page(viewport={"width": width, "height": 1000}, **options)
+        page.set_default_timeout(PAGE_MS)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda told: errors.append(told.text) if told.type == "error" else None)
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert errors == []
+
+
+@pytest.fixture
+def looked_at():
+    """``looked_at(page, *words)`` waits until a page shows the words, and checks that its images have a size."""
+
+    def look(page, *words):
+        for word in words:
+            page.get_by_text(word).filter(visible=True).first.wait_for()
+        for image in page.locator("img:visible").all():
+            assert image.evaluate("image => image.decode().then(() => image.naturalWidth * image.naturalHeight)") > 0
+            box = image.bounding_box()
+            assert box["width"] > 0 and box["height"] > 0
+
+    return look

@@ -101,11 +101,20 @@ class TestNothingToSee:
         record = attributes(images, scenes_of(), [[]] * 60, DEFAULT_FAULTS)
         assert all(np.isfinite(values).all() for values in record.values()) and not recwarn
 
+    def test_words_beyond_those_asked_for(self):
+        """A second word where one was asked for is one too many; one in place of the other is not."""
+        one, two = scene_from_prompt('the word "RUN"'), scene_from_prompt('"RUN" and "ELK"')
+        images = np.zeros((5, 64, 64, 3), np.uint8)
+        read = [["run"], ["run", "elk"], ["run"], ["run", "elk"], ["run", "elk", "ox"]]
+        measured = shares(attributes(images, [one, one, two, two, two], read, DEFAULT_FAULTS))
+        assert measured["words_extra"] == pytest.approx(2 / 5) and measured["words_missing"] == pytest.approx(1 / 8)
+
     def test_a_reward_that_does_not_read(self):
         scenes = scenes_of()
         record = attributes(np.stack([render(s) for s in scenes]), scenes, None, DEFAULT_FAULTS)
         assert all(np.isnan(record[name]).all() for name in ("affected_right", "plain_right", "words_missing"))
-        assert (record["ink_right"] == 1).all() and np.isnan(shares(record)["letter_right"])
+        assert (record["ink_right"] == 1).all()
+        assert np.isnan(shares(record)["letter_right"]) and np.isnan(shares(record)["words_extra"])
 
     def test_no_faults(self):
         record = rendered(scenes_of(), faults=Faults())

@@ -178,8 +178,9 @@ class TestAgent:
         before = weights_of(agent.policy)
         agent.learn(2 * STEPS_A_ROLLOUT)
         moved = {name for name, weight in weights_of(agent.policy).items() if not torch.equal(weight, before[name])}
-        assert moved == {name for name, weight in agent.policy.named_parameters() if weight.requires_grad}
-        assert {name for name, weight in agent.policy.named_parameters() if weight.grad is not None} == moved
+        trained = {name for name, weight in agent.policy.named_parameters() if weight.requires_grad}
+        assert moved == trained - {"sharpness"}  # the learned temperatures are frozen, unless temperature_lr says else
+        assert {name for name, weight in agent.policy.named_parameters() if weight.grad is not None} == trained
 
     def test_the_reference_is_the_policy_without_adapters(self, parts):
         agent = tiny_agent(parts, **OPTIONS)

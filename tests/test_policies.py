@@ -148,3 +148,5 @@ class TestVARText:
             close(after[:, part] * temperature[t], before[:, part])
         close(policy(cond, grids, range(2, 3)), after[:, 5:])
         close(cached_logits(policy, policy.begin(cond), grids, EVERY), after)
+        policy.set_temperature(0.8)
+        assert policy.temperatures() == pytest.approx([0.8] * 3)

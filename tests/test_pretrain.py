@@ -88,3 +88,33 @@ def test_interrupted_and_resumed_is_uninterrupted(out, tmp_path, monkeypatch):
     whole, resumed = (VARTextPolicy.load(folder / "policy.safetensors", tokenizer) for folder in (out, tmp_path))
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], weight)
+
+
+def test_a_temperature_that_is_none(capsys):
+    from agents.experiments import pretrain as script
+
+    with pytest.raises(SystemExit):
+        script.parse(["export", "--temperature", "0"])
+    assert "--temperature must be above 0, got 0.0" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_moves_the_blocks_and_goes_on(out, tmp_path):
+    """The matrices of the blocks are Muon's, all other weights AdamW's, and each weight is in one of them."""
+    from agents.experiments import pretraining
+
+    tokenizer = Tokenizer.load(out / "tokenizer.safetensors")
+    policy = VARTextPolicy(tokenizer, width=32, layers=1, heads=2)
+    muon, adamw = pretraining.optimizers_of(policy, "muon")
+    theirs = [[id(p) for group in part.param_groups for p in group["params"]] for part in (muon, adamw)]
+    names = {id(p): name for name, p in policy.named_parameters()}
+    assert {names[p].split(".")[-1] for p in theirs[0]} == {"weight"} and len(theirs[0]) == 9  # 5 and the text's 4
+    assert all("block" in names[p] for p in theirs[0])
+    assert sorted(theirs[0] + theirs[1]) == sorted(p for p in names if names[p] != "sharpness")
+
+    (tmp_path / "tokenizer.safetensors").write_bytes((out / "tokenizer.safetensors").read_bytes())
+    pretrain("policy", tmp_path, "--optimizer", "muon", "--policy-steps", "2")
+    assert "going on from step 2" in pretrain("policy", tmp_path, "--optimizer", "muon")
+    policy.sharded_layers = ()
+    with pytest.raises(ValueError, match=r"VARTextPolicy names no blocks .* take adamw"):
+        pretraining.optimizers_of(policy, "muon")

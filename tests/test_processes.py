@@ -17,7 +17,7 @@ from agents.common import processes
 from agents.sampling import SharedNoise
 
 HERE = Path(__file__).parent
-SHARDED = ("grpo", "vmr+panw+mp", "ppo", "stage", "epochs", "raft", "grpo:stopped")
+SHARDED = ("grpo", "vmr+panw+mp", "ppo", "stage", "epochs", "temperatures", "raft", "grpo:stopped")
 
 
 def launch(out, cases, *options):

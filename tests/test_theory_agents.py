@@ -37,7 +37,7 @@ class Exactly(Wrapper):
 def all_images(agent, groups=1):
     """Every image once, in order, as a rollout of so many groups."""
     schedule, envs = agent.policy.schedule, agent.env
-    flat = torch.from_numpy(every_image(schedule, 2))
+    flat = torch.from_numpy(every_image(schedule, agent.policy.tokenizer.vocab_size))
     grids = [flat[:, part, None] for part in schedule.slices]
     nothing = [torch.zeros(grid.shape) for grid in grids]
     scores = torch.from_numpy(envs.reward.table).float().view(groups, -1)

@@ -46,13 +46,14 @@ class TestFile:
 class TestTrials:
     def test_all_agents_get_the_same_points(self):
         grpo, vmr = (tune.trials(recipe, 8, 6) for recipe in ("grpo", "vmr+panw"))
-        common = ("learning_rate", "kl_coef", "temperature")
+        common = ("learning_rate", "kl_coef", "temperature", "epochs")
         assert [{name: trial[name] for name in common} for trial in vmr] == grpo
         assert all(set(trial) - set(common) == {"split", "suffix_samples"} for trial in vmr)
         assert {trial["split"] for trial in vmr} <= {2, 3, 4, 5} and {trial["suffix_samples"] for trial in vmr} == {
             2,
             4,
         }
+        assert {trial["epochs"] for trial in grpo} == {1, 2, 3}
         assert tune.trials("grpo", 3, 6) == grpo[:3]  # the first ones are the same whatever the count
 
     def test_the_points_fill_the_ranges(self):

@@ -28,6 +28,9 @@ MORE = {  # name to recipe and options
     "split": ("vmr", {"split": "auto", "suffix_kl_coef": 0.1}),
     "forks": ("tree", {"forks": (1, 2), "group_size": 8}),
     "passes": ("ppo+mp", {"epochs": 2, "minibatches": 3}),
+    "temperatures": ("grpo", {"temperature_lr": 1e-5, "epochs": 2}),
+    "kl_step": ("grpo", {"kl_per_update": 1e-5, "epochs": 2}),
+    "soft": ("grpo", {"soft_codes": 0.5, "epochs": 2}),
     "guided": ("grpo", {"kl": "full", "refresh_reference": 1, "entropy_coef": 0.1}),
 }
 CASES = {name: (name, {}) for name in RECIPES} | MORE

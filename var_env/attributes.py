@@ -236,7 +236,8 @@ def chances(record: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.f
 def shares(record: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
     """What is logged of a record: one number each, NaN where nothing in it is applicable.
 
-    Shares of the letters, words and images in question, in 0 to 1; lines_shown and contrast are means.
+    Shares of the letters, words and images in question, in 0 to 1; lines_shown and contrast are means. words_extra is
+    the share of images that show a word which is no counterpart of any that was asked for.
     """
     totals = {name: float(np.nansum(values)) for name, values in record.items()}
     known = {name: float(np.isfinite(values).sum()) for name, values in record.items()}
@@ -248,6 +249,9 @@ def shares(record: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
     for kind, fates in {"affected": ("confused", "other"), "plain": ("right", "other")}.items():
         found |= {f"{kind}_{fate}": share(f"{kind}_{fate}", totals[f"letters_{kind}"]) for fate in fates}
     found["words_missing"] = share("words_missing", totals["words_asked"])
+    # A reward that gives more for a second word than it takes for one too many teaches to write two always.
+    extra = record["words_shown"] > record["words_asked"] - record["words_missing"]  # (B,), False where NaN
+    found["words_extra"] = float(extra.sum() / known["words_shown"]) if known["words_shown"] else float("nan")
     found |= {name: share(name, known[name]) for name in ("ink_right", "ground_right", "lines_shown", "contrast")}
     for family, (n, right) in chances(record).items():
         found[f"{family}_right"] = float(right.sum() / n.sum()) if n.sum() else float("nan")

@@ -13,10 +13,11 @@
     alternation  VMR + PANW, prefix and suffix updates in turns or in two blocks (Table 4b)
     k            VMR + PANW + MP with every number of suffixes a prefix (Table 5)
 
-In --out: results.md (the tables, with the paper's rows beside ours), results.json, a figure each (m.png, ...),
-tokens_per_step.png (Figure 1), and for each run, a cell and a seed, what `vartext compare` writes for one. A cell's
-folder is named by what it is, so that tables share cells, and a finished one is not trained again: the same command
-goes on after Ctrl-C, and the report also shows the other tables whose cells are all there.
+In --out: report.html (all of it to look at in a browser), results.md (the tables, with the paper's rows beside ours),
+results.json, a figure each (m.png, ...), tokens_per_step.png (Figure 1), and for each run, a cell and a seed, what
+`vartext compare` writes for one. A cell's folder is named by what it is, so that tables share cells, and a finished one
+is not trained again: the same command goes on after Ctrl-C, and the report also shows the other tables whose cells are
+all there.
 
 Several processes may share one --out when each has tables or --seeds of its own that share no cell: a process trains
 nothing but its own runs and files are replaced as a whole. A last call with all tables and seeds collects everything.

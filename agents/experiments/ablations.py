@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from agents.experiments import figures
+from agents.experiments import figures, html_report
 from agents.experiments.agent_options import settings_of
 from agents.experiments.cells import METRICS as TITLES
 from agents.experiments.cells import Cell, Result
 from agents.experiments.options import clear_errors
-from agents.experiments.output import table, write_json, write_text
+from agents.experiments.output import table, write_results
 from agents.experiments.runs import Comparison
 from agents.experiments.tables import scores_of, setting_list, strata_of, with_interval
 from agents.statistics import estimate
@@ -197,13 +197,11 @@ def paper_columns(paper: Paper | None) -> list[str]:
 
 
 def write_report(comparison: Comparison, base: Result, found: dict[str, list[Line]]) -> str:
-    """Write ``results.json``, ``results.md`` and a figure for each table of ``found``; returns the tables."""
+    """Write ``results.json``, ``results.md``, ``report.html`` and a figure a table of ``found``; returns the tables."""
     out = comparison.out
     described = {**comparison.described, **settings_of("vmr+panw+mp", comparison.method)}  # where no row changes them
     runs = {(run["agent"], run["seed"]): run for lines in found.values() for line in lines for run in line.runs}
     labels = {name: {line.row.name: line.runs[0]["agent"] for line in lines} for name, lines in found.items()}
-    content = {"settings": described, "tables": labels, "base": base, "runs": list(runs.values())}
-    write_json(out / "results.json", content)
     about = ABOUT.format(images=comparison.settings.images, prompts=len(comparison.test))
     text, printed = [f"# Ablations: {out.name}", about], []
     for name, lines in found.items():
@@ -220,7 +218,8 @@ def write_report(comparison: Comparison, base: Result, found: dict[str, list[Lin
         )
     text += ["## Tokens per step (Figure 1)", "![Tokens of every step, ours and the paper's](tokens_per_step.png)"]
     text += ["## Settings", setting_list(described)]
-    write_text(out / "results.md", "\n\n".join(text) + "\n")
+    write_results(out, text, settings=described, tables=labels, base=base, runs=list(runs.values()))
+    html_report.write(out)
     return "\n\n".join(printed)
 
 
@@ -246,7 +245,8 @@ def run(args: argparse.Namespace) -> int:
             if enough(line.runs for line in lines):
                 found[name] = [line for line in lines if line.runs]
         printed = write_report(comparison, base, found)
-        files = ", ".join(["results.md", "results.json", "tokens_per_step.png", *(f"{name}.png" for name in found)])
+        figure_names = ["tokens_per_step.png", *(f"{name}.png" for name in found)]
+        files = ", ".join(["report.html", "results.md", "results.json", *figure_names])
         return f"{printed}\n\n{args.out}: {files}; tensorboard --logdir {args.out}"
 
     return comparison.run(plan, write)

@@ -13,9 +13,10 @@ An agent is an algorithm and wrappers around it, joined by "+". The default is t
 vmr, vmr+panw, vmr+panw+mp. docs/agents.md tells them apart. Your own joins with one decorator, see
 examples/custom_agent.py.
 
-In --out: results.md (the tables), results.json (settings, versions, every score), curves.png, budgets.png (the held-out
-curves against images, tokens, updates and seconds), before_after.png, and for each run AGENT/seedK/ with TensorBoard
-events, progress.csv, policy.safetensors and result.json.
+In --out: report.html (all of it to look at in a browser: tables, curves, the same prompts drawn by all agents),
+results.md (the tables), results.json (settings, versions, every score), curves.png, budgets.png (the held-out curves
+against images, tokens, updates and seconds), before_after.png, and for each run AGENT/seedK/ with TensorBoard events,
+progress.csv, policy.safetensors, result.json, and the images of a few prompts as they grew, gallery.png and .json.
 
 All agents start from the same weights, see the same training prompts in the same order, decode alike, and are
 evaluated with the same noise on test prompts, whose words are in no training prompt. The budget is counted in images
@@ -103,7 +104,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from agents.experiments import report
+    from agents.experiments import compare_report
     from agents.experiments.runs import Comparison
 
     with clear_errors():
@@ -113,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     described = {**comparison.described, "agents": args.agents, **method}
 
     def write(base: Result, results: list[Result]) -> str:
-        tables = report.write_report(args.out, described, base, results, args.x_axis)
-        files = "results.md, results.json, curves.png, budgets.png, before_after.png"
+        tables = compare_report.write_report(args.out, described, base, results, args.x_axis)
+        files = "report.html, results.md, results.json, curves.png, budgets.png, before_after.png"
         return f"{tables}\n\n{args.out}: {files}; tensorboard --logdir {args.out}"
 
     return comparison.run(plan, write)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from stable_baselines3.common.utils import get_device
 
 from agents import load, policies
 from agents.policies.base import Policy
+from agents.saving.folder import SUMS
 from var_env import VARTextVectorEnv
 from var_env.prompts import PromptWorld
 from var_env.tokenizers import load_tokenizer
@@ -19,19 +21,34 @@ from var_env.tokenizers import load_tokenizer
 
 def load_policy(args: argparse.Namespace) -> Policy:
     """The policy that ``--policy``, ``--tokenizer`` and ``--device`` name, on its device with its tokenizer."""
-    if "cuda" in args.device and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch finds no GPU here; use --device cpu")
-    device = get_device(args.device)
-    if args.policy is not None and args.policy.suffix == ".zip":
-        if args.tokenizer is not None:
-            raise ValueError(f"{args.policy} holds its own tokenizer: leave out --tokenizer {args.tokenizer}")
-        if not args.policy.is_file():
-            raise FileNotFoundError(f"no agent at {args.policy}: `vartext train` makes one")
-        policy: Policy = load(args.policy, device=device).best_policy
+    return policy_at(args.policy, args.tokenizer, args.device)
+
+
+def policy_at(path: Path | None, tokenizer: Path | None = None, device: str = "auto") -> Policy:
+    """A policy on its device with its tokenizer, in eval mode.
+
+    Args:
+        path: a shipped policy's name, a policy's file, an agent's zip, or the folder of a checkpoint. Reading a zip may
+            run code that it holds; the others run none.
+        tokenizer: the file of the tokenizer that the policy's file was trained on; the shipped one by default.
+        device: as in Stable-Baselines3.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `agents.load` and `policies.load_policy`; a GPU that is not there.
+    """
+    if "cuda" in device and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch finds no GPU here; use --device cpu")
+    place = get_device(device)
+    if path is not None and (path.suffix == ".zip" or (path / SUMS).is_file()):
+        if tokenizer is not None:
+            raise ValueError(f"{path} holds its own tokenizer: leave out --tokenizer {tokenizer}")
+        if not path.exists():
+            raise FileNotFoundError(f"no agent at {path}: `vartext train` makes one")
+        policy: Policy = load(path, device=place).best_policy
     else:
-        policy = policies.load_policy(args.policy, None if args.tokenizer is None else load_tokenizer(args.tokenizer))
-    policy.tokenizer.to(device)
-    return policy.to(device).eval()
+        policy = policies.load_policy(path, None if tokenizer is None else load_tokenizer(tokenizer))
+    policy.tokenizer.to(place)
+    return policy.to(place).eval()
 
 
 def make_env(

@@ -120,8 +120,8 @@ def add_model_options(parser: Parser) -> None:
         "--policy",
         type=Path,
         metavar="PATH_OR_NAME",
-        help="the policy: a .safetensors file, an agent's .zip, or a shipped one: base, plain (no planted faults), "
-        "raster, raster_plain (default: base)",
+        help="the policy: a .safetensors file, an agent's .zip or checkpoint folder, or a shipped one: base, plain (no "
+        "planted faults), raster, raster_plain (default: base)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.rare.add_argument(

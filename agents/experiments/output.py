@@ -11,6 +11,8 @@ from typing import Any
 
 from agents.common.files import replacing
 
+FORMAT = 1  # of results.json; another number when what reads it has to change
+
 
 def require_folder(path: Path, option: str = "--out") -> None:
     """Check that a folder can be written, now and not after hours of work. Nothing is made.
@@ -62,6 +64,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a file as a whole, or leave the old one."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_results(out: Path, text: Sequence[str], **content: Any) -> None:
+    """Write ``results.json`` and then ``results.md``, which every results folder has.
+
+    Args:
+        out: the folder.
+        text: the paragraphs of results.md.
+        content: of results.json, among them ``settings``, ``base`` and ``runs``.
+    """
+    write_json(out / "results.json", {"format": FORMAT, **content})
+    write_text(out / "results.md", "\n\n".join(text) + "\n")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -80,6 +80,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.rare.add_argument(
         "--drop-prompt", type=float, default=0.1, help="share of samples trained without their prompt"
     )
+    parser.rare.add_argument(
+        "--temperature", type=float, default=1.0, help="of all grids, which export writes into the policy (%(default)s)"
+    )
     parser.rare.add_argument("--compile", action="store_true", help="torch.compile the policy's forward pass")
     parser.rare.add_argument("--log-every", type=int, default=50, help="steps (%(default)s)")
     parser.rare.add_argument("--save-every", type=int, default=250, help="steps (%(default)s)")
@@ -93,6 +96,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if not 0 < args.decay <= 1:
         parser.error(f"--decay is a share above 0 and at most 1, got {args.decay}")
+    if not args.temperature > 0:
+        parser.error(f"--temperature must be above 0, got {args.temperature}")
     if args.bits is not None and (args.bits < 1 or args.schedule == "raster"):
         parser.error(f"--bits takes a number of at least 1 and --schedule scales, got {args.bits}, {args.schedule}")
     with clear_errors():

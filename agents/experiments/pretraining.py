@@ -431,6 +431,8 @@ def export(args: argparse.Namespace) -> None:
     policy = load_policy(args.out / "policy.safetensors", tokenizer)
     if not isinstance(policy, VARTextPolicy):
         raise SystemExit(f"the packages have no place for a {type(policy).__name__}: use its file where it is")
+    # Cross-entropy on images of swapped codes leaves a policy a little less sure than what it draws has to be.
+    policy.set_temperature(args.temperature)
     names = {"scales": ("tokenizer", "base"), "raster": ("raster_tokenizer", "raster")}[args.schedule]
     root, shipped = Path(__file__).parents[2], f"var_env/assets/{names[0]}.safetensors"
     weights = f"agents/policies/assets/{names[1]}.safetensors"

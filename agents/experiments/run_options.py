@@ -29,7 +29,7 @@ def option(default: Any, text: str, rare: bool = False) -> Any:
 class Preset:
     """What all runs have in common. Every field is an option of the command line."""
 
-    images: int = option(1600, "budget of each run in reward calls, one for each image decoded")
+    images: int = option(1280, "budget of each run in reward calls, one for each image decoded")
     seconds: float = option(0.0, "cap on the training time of each run, which then is compared with none; 0 for none")
     learning_rate: float = option(5e-5, "AdamW's")
     group_size: int = option(8, "G, images for each prompt; prefixes for each in VMR's prefix updates")

@@ -31,6 +31,7 @@ from agents import (
     Checkpoints,
     ConflictProbe,
     Decoding,
+    MaskPropagation,
     StopAfter,
     Wrapper,
     evaluate,
@@ -40,7 +41,7 @@ from agents import (
 from agents.callbacks import CheckpointEvery, Interrupt, StopOnSignal
 from agents.common.processes import current
 from agents.evaluation import Evaluation
-from agents.experiments import figures, ray_runs, run_file, tables, tuned
+from agents.experiments import figures, gallery, ray_runs, run_file, tables, tuned
 from agents.experiments.agent_options import OF_SCRIPTS, settings_of
 from agents.experiments.callbacks import CurveEval, ImageBar, budget
 from agents.experiments.cells import BASE, Cell, Outcome, Result
@@ -150,10 +151,14 @@ class Comparison:
         settings: dict[str, Any] = json.loads(json.dumps(everything, default=str))  # tuples become lists
         return settings
 
-    def result(self, cell: Cell, policy: Policy, best_of: int = 1, **more: Any) -> Result:
-        """Evaluate a policy on the test prompts, save the images and the result, and return it."""
+    def result(
+        self, cell: Cell, policy: Policy, best_of: int = 1, mask: MaskPropagation | None = None, **more: Any
+    ) -> Result:
+        """Evaluate a policy on the test prompts, save images and the result, and return it; ``mask`` is the run's."""
         tqdm.write(f"{cell}: evaluating on {len(self.test)} held-out prompts", file=sys.stderr)
-        evaluation = evaluate(policy, self.env, self.test, self.decoding, NOISE_SEED, best_of=best_of)
+        evaluation = evaluate(
+            policy, self.env, self.test, self.decoding, NOISE_SEED, best_of=best_of, keep_grids=figures.SHOWN
+        )
         result = {
             "agent": cell.label,
             "seed": cell.seed,
@@ -164,6 +169,7 @@ class Comparison:
         }
         folder = figures.run_folder(self.out, cell.label, cell.seed)
         figures.save_strip(folder / "samples.png", evaluation)
+        gallery.save(folder, evaluation, policy.tokenizer, mask)
         write_json(folder / "result.json", result)
         return result
 
@@ -210,6 +216,7 @@ class Comparison:
             cell,
             agent.best_policy,
             agent.best_of,
+            gallery.mask_of(agent),
             finished=finished,
             stopped_at=agent.images_decoded if capped or not finished else None,
             budget=budget(agent),

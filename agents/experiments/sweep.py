@@ -6,6 +6,7 @@
     vartext sweep --prefix-share 64
     vartext sweep --fault-share 64 --json runs/faults.json --png runs/faults.png
     vartext sweep --conflict 128
+    vartext sweep --neighbour-width 0.1 0.25 0.5 1
 
 Options that take several values span a grid. Every row starts from the same base policy, prompts and noise; read the
 differences with the standard error that is printed.
@@ -27,6 +28,9 @@ try all: eight stand for them.
 
 ``--conflict N`` measures, on one batch of N prompts, how much the gradients of the scales pull against each other, and
 how far to trust that: see ``agents/conflict.py``.
+
+``--neighbour-width W ...`` measures how wide the neighbourhoods of ``soft_codes`` may be: for each width how often
+other words are read when all tokens of an image are swapped for neighbours, one image for each of ``--prompts``.
 """
 
 from __future__ import annotations
@@ -58,6 +62,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     modes.add_argument("--prefix-share", type=int, metavar="N", help="N prompts, at least 2, and train nothing")
     modes.add_argument("--fault-share", type=int, metavar="N", help="N prompts, at least 2, and train nothing")
     modes.add_argument("--conflict", type=int, metavar="N", help="N prompts, at least 2, and train nothing")
+    modes.add_argument(
+        "--neighbour-width", type=float, nargs="+", metavar="W", help="widths of soft_codes to try, and train nothing"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, too")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the shares of --fault-share")
     for name, default in GRID.items():

@@ -16,6 +16,7 @@ from agents.experiments.fault_shares import draw_shares, fault_shares, share_tab
 from agents.experiments.gates import gate_table
 from agents.experiments.gradient_signal import signal, signal_gates
 from agents.experiments.loading import copy_of, load_policy, make_env
+from agents.experiments.neighbour_widths import neighbour_widths, width_table
 from agents.experiments.options import clear_errors
 from agents.experiments.output import table, write_json
 from agents.experiments.tables import number
@@ -86,6 +87,16 @@ def run_fault_shares(args: Any, prompts: int) -> None:
     print(share_table(rows, schedule))
 
 
+def run_neighbour_widths(args: Any) -> None:
+    """Print, and write, how often the reading changes with the neighbourhoods of each width."""
+    env = make_env(args.base, reward="ocr")
+    scenes = held_out_scenes(env.world, args.prompts, 1, "val")
+    rows = neighbour_widths(args.base, env, scenes, Decoding(temperature=args.temperature[0]), args.neighbour_width)
+    if args.json:
+        write_json(args.json, {"prompts": len(scenes), "rows": rows})
+    print(width_table(rows))
+
+
 def prefix_shares(args: Any, prompts: int) -> list[list[str]]:
     """A row for each m: the tokens of the prefix, and the variances of the reward between and within prefixes."""
     env, schedule, rows = make_env(args.base, prompts), args.base.schedule, []
@@ -124,6 +135,9 @@ def run(args: argparse.Namespace) -> int:
             return 0
         if args.fault_share:
             run_fault_shares(args, args.fault_share)
+            return 0
+        if args.neighbour_width:
+            run_neighbour_widths(args)
             return 0
         if args.conflict:
             print(conflict_table(args, args.conflict))

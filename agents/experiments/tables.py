@@ -36,6 +36,7 @@ BESIDE = {  # what the table beside the reward shows, in this order
     "affected_other": "other",
     "plain_right": "Other letters right",
     "words_missing": "Words missing",
+    "words_extra": "Images with words not asked for",
     "ink_right": "Ink as asked",
     "ground_right": "Ground as asked",
     "contrast": "Contrast",

@@ -5,14 +5,14 @@
     vartext tune --ray                                      # many runs at a time
     vartext compare --settings runs/tune/tuned.json         # takes what was found
 
-Every agent gets the same trials: points of one Sobol sequence over the learning rate, the weight of the KL and the
-temperature of the sampler in training. VMR takes two more coordinates of the same points, its split m and its K
-(suffixes that value a prefix). The best trial by mean reward on the validation prompts gives the agent's settings. No
-test prompt is looked at.
+Every agent gets the same trials: points of one Sobol sequence over the learning rate, the weight of the KL, the
+temperature of the sampler in training and the epochs, how often each rollout is learned from, for agents that have
+them. VMR takes two more coordinates of the same points, its split m and its K (suffixes that value a prefix). The best
+trial by mean reward on the validation prompts gives the agent's settings. No test prompt is looked at.
 
-In --out: tuned.json (the settings of each agent, with every trial), results.md (a table of the trials), and a folder
-for each run. A call that was stopped goes on where it was. To make what was found the default of compare, copy
-tuned.json to agents/experiments/.
+In --out: tuned.json (the settings of each agent, with every trial), results.md (a table of the trials), report.html
+(the same with curves and images, for a browser), results.json, and a folder for each run. A call that was stopped goes
+on where it was. To make what was found the default of compare, copy tuned.json to agents/experiments/.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from agents.experiments.agent_options import add_plugin_option
 from agents.experiments.cells import Cell, Result
 from agents.experiments.compare import AGENTS
 from agents.experiments.options import Parser, clear_errors, require_at_least_one
-from agents.experiments.output import require_folder, table, write_json, write_text
+from agents.experiments.output import require_folder, table, write_json, write_results
 from agents.experiments.run_options import Preset, add_run_options, finish
 from agents.experiments.tuned import WORLD
 
 PRESET = Preset(test_prompts=192, val_prompts=8, eval_every=1000)  # no curves, and a verdict on validation prompts
-LEARNING_RATE = (3e-5, 4e-4)  # log-uniform
-KL_COEF = (0.003, 0.3)  # log-uniform
-TEMPERATURE = (0.7, 1.0)  # uniform
+LEARNING_RATE = (8e-5, 5e-4)  # log-uniform
+KL_COEF = (0.003, 0.05)  # log-uniform
+TEMPERATURE = (0.8, 1.0)  # uniform
 SUFFIX_SAMPLES = (2, 4)
+EPOCHS = (1, 2, 3)
 
 
 def trials(recipe: str, count: int, grids: int) -> list[dict[str, Any]]:
@@ -53,15 +54,17 @@ def trials(recipe: str, count: int, grids: int) -> list[dict[str, Any]]:
     from agents.vmr import VMR
 
     # A Sobol sequence begins at the corner of the cube, which is the edge of every range: the first point is skipped.
-    points = qmc.Sobol(5, scramble=False).fast_forward(1).random(count)  # (count, 5) in [0, 1)
+    points = qmc.Sobol(6, scramble=False).fast_forward(1).random(count)  # (count, 6) in [0, 1)
     splits = range(2, grids) if grids > 2 else range(1, grids)
     found = []
-    for rate, kl, temperature, split, suffixes in points.tolist():
+    for rate, kl, temperature, split, suffixes, epochs in points.tolist():
         settings: dict[str, Any] = {
             "learning_rate": float(f"{between(LEARNING_RATE, rate):.2g}"),
             "kl_coef": float(f"{between(KL_COEF, kl):.2g}"),
             "temperature": round(TEMPERATURE[0] + temperature * (TEMPERATURE[1] - TEMPERATURE[0]), 2),
         }
+        if "epochs" in recipes.options_in(recipe):
+            settings["epochs"] = EPOCHS[int(epochs * len(EPOCHS))]
         if any(issubclass(part, VMR) for part in recipes.parts_of(recipe)):
             settings["split"] = splits[int(split * len(splits))]
             settings["suffix_samples"] = SUFFIX_SAMPLES[int(suffixes * len(SUFFIX_SAMPLES))]
@@ -95,7 +98,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    from agents.experiments import tables
+    from agents.experiments import html_report, tables
     from agents.experiments.runs import Comparison
 
     with clear_errors():
@@ -129,8 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"The base policy has {base['metrics']['reward'][0]:.3f}. The best trial of each agent is marked."
         )
         page = ["# Trials", about, text, "## Settings", tables.setting_list(comparison.described)]
-        write_text(args.out / "results.md", "\n\n".join(page) + "\n")
-        return f"{text}\n\n{args.out}: tuned.json, results.md"
+        write_results(args.out, page, settings=comparison.described, trials=agents, base=base, runs=results)
+        html_report.write(args.out)
+        return f"{text}\n\n{args.out}: report.html, tuned.json, results.md, results.json"
 
     return comparison.run(list(plan), write)
 

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from var_env.hub import HubMixin, by_name
 from var_env.schedule import ScaleSchedule
 from var_env.tokenizers.base import VisualTokenizer
 
 
-class Policy(nn.Module, ABC):
+class Policy(nn.Module, HubMixin, ABC):
     """Base class of the backbones. ``B`` batch, ``n_t`` tokens of grid t, ``D`` codes a token, ``V`` vocabulary.
 
     The tokenizer is frozen and shared, and so is kept out of ``parameters()`` and ``state_dict()``.
@@ -50,11 +51,13 @@ class Policy(nn.Module, ABC):
         self.precision = precision
         object.__setattr__(self, "tokenizer", tokenizer)  # past nn.Module, which would register it
 
+    hub_kind, hub_loader = "policy", ("agents.policies.base", "Policy")
     tokenizer: VisualTokenizer
     config: dict[str, Any]
     logit_chunk: int | None = None
     lora_targets: Sequence[str] = ()  # linear layers that `add_lora` gives adapters by default
     always_trained: Sequence[str] = ()  # parameters that learn beside the adapters
+    temperature_parameters: Sequence[str] = ()  # learned temperatures, for an agent's `temperature_lr`
     sharded_layers: Sequence[str] = ()  # classes of layers whose weights FSDP gathers one at a time
 
     @property
@@ -184,6 +187,17 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def load(cls, path: str | Path | None = None, tokenizer: VisualTokenizer | None = None) -> Policy:
         """Read a file that :meth:`save` wrote, onto the given tokenizer."""
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory / "policy.safetensors")
+        self.tokenizer.save(save_directory / "tokenizer.safetensors")
+        self._write_config(save_directory)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, **options: Any) -> Any:
+        tokenizer = by_name("var_env.tokenizers.registry:load_tokenizer")(folder / "tokenizer.safetensors")
+        policy = by_name("agents.policies:load_policy")(folder / "policy.safetensors", tokenizer, **options)
+        return policy.eval()
 
 
 @functools.cache

@@ -12,6 +12,7 @@ it belongs to and how far from that word's middle it stands, two facts that a re
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -76,6 +77,7 @@ class VARTextPolicy(Policy):
 
     lora_targets = ("qkv", "text_kv", "attention_out", "mlp_in", "mlp_out")  # of all blocks, the text encoder's too
     always_trained = ("sharpness",)
+    temperature_parameters = ("sharpness",)
     sharded_layers = ("Block",)
 
     def __init__(
@@ -231,6 +233,11 @@ class VARTextPolicy(Policy):
     def temperatures(self) -> list[float]:
         """The learned temperature of each scale."""
         return (-SHARPNESS_GAIN * self.sharpness).exp().tolist()
+
+    @torch.no_grad()
+    def set_temperature(self, temperature: float) -> None:
+        """Set the learned temperatures of all scales, to a number above 0."""
+        self.sharpness.fill_(-math.log(temperature) / SHARPNESS_GAIN)
 
     def diagnostics(self) -> dict[str, float]:
         """``temperature_4_4x4`` and so on, by number and grid; of a raster, ``temperature``."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -60,6 +61,16 @@ def write(saved: Saved, folder: Path) -> None:
     (folder / "state.json").write_text(json.dumps(content, indent=1) + "\n")
     sums = "".join(f"{digest(file)}  {file.name}\n" for file in sorted(folder.iterdir()))
     (folder / SUMS).write_text(sums)
+
+
+def write_into(saved: Saved, folder: Path) -> None:
+    """`write` into a folder that exists, in place of the agent that is there; other files stay."""
+    with tempfile.TemporaryDirectory(dir=folder) as part:
+        write(saved, Path(part) / "agent")
+        for old in folder.glob("*.safetensors"):  # such as the reference of an agent that had one
+            old.unlink()
+        for file in (Path(part) / "agent").iterdir():
+            file.replace(folder / file.name)
 
 
 def state_of(saved: Saved, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 
 from agents import recipes
 from agents.evaluation import bootstrap_interval
-from agents.experiments import figures, tables
+from agents.experiments import figures, html_report, output, tables
 from agents.experiments.agent_options import add_plugin_option
 from agents.experiments.cells import METRICS, Cell, Result
 from agents.experiments.options import INTERRUPTED, Parser, clear_errors, option_of
@@ -32,10 +32,10 @@ PRESETS = {
 }
 SEEDS = {"quick": [0, 1, 2], "full": [0, 1, 2, 3, 4]}
 GOING_ON = """
-In --out: results.md, results.json, the figures, and for each run, an arm and a seed, what compare.py writes for one.
-Finished runs are not trained again: the same command goes on after Ctrl-C. Several processes may share one --out when
-each has --seeds of its own; a last call with all seeds trains nothing and collects everything. --seconds caps a run's
-training, and is 0, no cap, unless given: arms that end early do not compare.
+In --out: report.html, results.md, results.json, the figures, and for each run, an arm and a seed, what compare.py
+writes for one. Finished runs are not trained again: the same command goes on after Ctrl-C. Several processes may share
+one --out when each has --seeds of its own; a last call with all seeds trains nothing and collects everything. --seconds
+caps a run's training, and is 0, no cap, unless given: arms that end early do not compare.
 """
 INTERVALS = """\
 All arms start from the same base policy and spend {images} reward calls a run: each image that is decoded and scored
@@ -180,7 +180,7 @@ def write_results(
     sections: Sequence[str] = (),
     **more: Any,
 ) -> str:
-    """Write results.md, results.json, curves.png and scores.png into the comparison's folder; returns the tables.
+    """Write results.md, results.json, report.html, curves.png and scores.png into the folder; returns the tables.
 
     Args:
         title, about: what is asked, and how it is answered.
@@ -190,17 +190,17 @@ def write_results(
     """
     out, summary = comparison.out, summarise(base, runs, reference)
     content = {"question": title, "settings": comparison.described, "reference": reference, "arms": summary}
-    write_json(out / "results.json", content | more | {"base": base, "runs": list(runs)})
     headline = arm_table(summary, reference)
     intervals = INTERVALS.format(images=comparison.settings.images, prompts=len(comparison.test))
     text = [f"# {title}", about.strip(), headline, intervals, *sections]
     text += ["![Held-out reward and word accuracy while training](curves.png)", "![Scores](scores.png)"]
     text += ["## Runs", tables.run_table(runs)] if runs else []
     text += ["## Settings", tables.setting_list(comparison.described)]
-    write_text(out / "results.md", "\n\n".join(text) + "\n")
+    output.write_results(out, text, **content, **more, base=base, runs=list(runs))
     figures.draw_curves(out / "curves.png", out, runs, [("eval", "images"), ("eval", "updates")])
     panels = {METRICS[name]: {arm: of[name]["mean"] for arm, of in summary.items()} for name in METRICS_DRAWN}
     draw_intervals(out / "scores.png", panels)
+    html_report.write(out)
     return "\n\n".join([headline, *sections])
 
 

@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import importlib.metadata
 import inspect
-import ipaddress
 import json
 import os
 import secrets
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewards.base import check_images
 from rewards.reason import reason
+from rewards.serving.address import is_loopback, port
 from rewards.serving.batching import Batcher, Limits, Metrics
 from rewards.serving.client import TOKEN_VARIABLE
 from rewards.serving.pool import RewardPool
@@ -190,13 +190,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def port(text: str) -> int:
-    """A TCP port, for argparse."""
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"a port is a whole number of 0 to 65535, got {text!r}")
-    return int(text)
-
-
 def json_object(text: str) -> dict[str, Any]:
     """The options of a reward, for argparse."""
     try:
@@ -206,14 +199,6 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"""must be a JSON object, such as {{"threads": 1}}, got {text!r}""")
     return value
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own. Of names, only localhost."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

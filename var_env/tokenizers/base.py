@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, device, nn
 
+from var_env.hub import HubMixin, by_name
 from var_env.schedule import ScaleSchedule
 
 
-class VisualTokenizer(nn.Module, ABC):
+class VisualTokenizer(nn.Module, HubMixin, ABC):
     """Base class of the tokenizers.
 
     Attributes:
@@ -36,6 +37,7 @@ class VisualTokenizer(nn.Module, ABC):
     channels: int
     config: dict[str, Any]
     depth: int = 1
+    hub_kind, hub_loader = "tokenizer", ("var_env.tokenizers", "VisualTokenizer")
 
     @property
     def image_size(self) -> int:
@@ -67,6 +69,20 @@ class VisualTokenizer(nn.Module, ABC):
     def embed(self, t: int, grid: Tensor) -> Tensor:
         """A vector for each token of grid t, ``(B, n_t, E)``, near for tokens that look alike; for STAGE."""
 
+    def code_distances(self) -> Tensor:
+        """Squared distances between the V values of a code, ``(V, V)``; those of a token's D codes add up.
+
+        Of the vectors that `embed` gives at the last grid. A tokenizer of several codes a token says what its are.
+        """
+        if self.depth > 1:
+            raise NotImplementedError(
+                f"{type(self).__name__} has {self.depth} codes a token and no code_distances(), which soft_codes needs"
+            )
+        codes = torch.arange(self.vocab_size, device=self.device).view(-1, 1, 1)
+        last = len(self.schedule) - 1
+        vectors = self.embed(last, codes.expand(-1, self.schedule.sizes[last], 1))[:, 0].float()  # (V, E)
+        return torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
+
     @abstractmethod
     def decode(self, canvas: Tensor) -> Tensor:
         """The image of a canvas at any t: uint8 ``(B, S, S, 3)``."""
@@ -92,6 +108,14 @@ class VisualTokenizer(nn.Module, ABC):
     @abstractmethod
     def load(cls, path: str | Path | None = None) -> VisualTokenizer:
         """Read a file that :meth:`save` wrote; frozen, in eval mode."""
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory / "tokenizer.safetensors")
+        self._write_config(save_directory)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, **options: Any) -> Any:
+        return by_name("var_env.tokenizers.registry:load_tokenizer")(folder / "tokenizer.safetensors", **options)
 
 
 def to_unit(images: Tensor) -> Tensor:

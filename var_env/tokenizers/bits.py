@@ -44,6 +44,10 @@ class BitTokenizer(MultiScaleTokenizer):
         """Code vectors ``(B, n_t, D)``, of length 1. The cosine of two is ``1 - 2 h / D``, h the bits that differ."""
         return (2 * grid - 1) * self.depth**-0.5
 
+    def code_distances(self) -> Tensor:
+        """Of a bit: ``4 / D`` from the other value, so that a token's distances are in proportion to Hamming's."""
+        return (1 - torch.eye(2, device=self.device)) * 4 / self.depth
+
     def nearest(self, vectors: Tensor) -> Tensor:
         """The signs, ``(..., D)`` to int64 ``(..., D)``: 1 above zero. The vectors' length does not matter."""
         return (vectors > 0).long()
