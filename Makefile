@@ -15,7 +15,7 @@ help:
 	@echo "make results   what is in results/, again: many hours"
 	@echo "make table     the tables of README.md and results/README.md, from results/quick"
 	@echo "make test      run the tests in two processes; ARGS='-n 8' for more"
-	@echo "make test-browser  open the report and TensorBoard in headless Chromium"
+	@echo "make test-browser  open the report, TensorBoard and the site in headless Chromium"
 	@echo "make test-paddle  test the PaddleOCR engine, in an environment of its own (.venv-paddle)"
 	@echo "make soak      runs that are killed and go on, a thousand updates in flat memory, a reward service under fire"
 	@echo "make lint      run ruff and mypy"
@@ -48,7 +48,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # In Debian's Chromium, or that whose path is in CHROMIUM.
-test-browser: $(INSTALLED)
+test-browser: docs
 	@command -v $${CHROMIUM:-chromium} >/dev/null || { echo "error: no Chromium here: apt-get install chromium, or give its path as CHROMIUM"; exit 1; }
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev,browser]"
 	$(BIN)/python -m pytest -m browser tests/test_browser.py $(ARGS)

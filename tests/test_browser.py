@@ -5,6 +5,7 @@
 
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,3 +109,20 @@ def test_tensorboard(tab, words, width, tensorboard, page_at, looked_at):
     page = page_at(width)
     page.goto(f"{tensorboard}#{tab}")
     looked_at(page, *words)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_documentation(width, page_at, looked_at):
+    """From its file, as `make docs` leaves it: nothing is asked of a network, and the search finds something."""
+    start = Path(__file__).parents[1] / "build" / "site" / "index.html"
+    if not start.is_file():
+        pytest.skip("`make docs` builds the site")
+    page, asked = page_at(width), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(start.as_uri())
+    looked_at(page, "Start in five minutes", "make compare")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if width == WIDTHS[0]:  # on a narrow page it is behind a button
+        page.fill("input[name=query]", "temperature")
+        looked_at(page, "matching documents")
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:", "about:"))] == []

@@ -134,6 +134,14 @@ class TestPages:
         pages.comparisons.cache_clear()
 
 
+def test_every_command_has_its_section():
+    from agents import cli
+
+    text = (ROOT / "docs/commands.md").read_text()
+    assert re.findall(r"^<!-- help: (\w+) -->$", text, re.M) == re.findall(r"^## vartext (\w+)$", text, re.M)
+    assert set(re.findall(r"^## vartext (\w+)$", text, re.M)) == {*cli.commands()}
+
+
 def commands():
     """Every line of a console block that calls a command of this project, with the options that it gives."""
     for file in SHOWN:
