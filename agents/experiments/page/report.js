@@ -29,15 +29,14 @@ function layout(title, more) {
 function draw(name, panels) {
   const place = document.querySelector(`[data-plots="${name}"]`);
   if (!place) return;
+  const before = place.children.length;
   while (place.children.length > panels.length) place.lastChild.remove();
-  panels.forEach(({ title, traces, more }, i) => {
-    let plot = place.children[i];
-    if (!plot) {
-      plot = Object.assign(document.createElement("div"), { className: "plot" });
-      place.append(plot);
-    }
+  while (place.children.length < panels.length) place.append(Object.assign(document.createElement("div"), { className: "plot" }));
+  panels.forEach(({ title, traces, more }, i) => {  // all are in their place now, which gives them their width
+    const plot = place.children[i];
     if (more.height) plot.style.height = `${more.height}px`;
     Plotly.react(plot, traces, layout(title, more), CONFIG);
+    if (before && before !== panels.length) Plotly.Plots.resize(plot);
   });
 }
 
