@@ -30,7 +30,14 @@ FLOORS = {  # a module may import its own floor and those above it in this table
         "agents.split_rule",
         "agents.timing",
     ),
-    "base": ("agents.base", "agents.progress", "agents.restorable", "agents.step_locals", "agents.trainable"),
+    "base": (
+        "agents.base",
+        "agents.parameter_groups",
+        "agents.progress",
+        "agents.restorable",
+        "agents.step_locals",
+        "agents.trainable",
+    ),
     "algorithms and wrappers": ("agents.",),
     "by name, to disk, watched": (
         "agents.recipes",
