@@ -124,7 +124,11 @@ def record_rollout(logger: Logger, rollout: Rollout, processes: Processes) -> No
 
 
 def record_samples(logger: Logger, rollout: Rollout, prompts: int = 4, columns: int = 8) -> None:
-    """``samples/``: images of the first prompts with what was read in them, and a table of the same."""
+    """``samples/``: images of the first prompts with what was read in them, and a table of the same.
+
+    Where the reward says which parts of it come from where, such as letters, the images stand there with their boxes,
+    green for right and red for wrong, as ``samples/components``.
+    """
     if not shows_images(logger):
         return
     per_prompt = rollout.returns[0].numel()  # G * K
@@ -134,6 +138,10 @@ def record_samples(logger: Logger, rollout: Rollout, prompts: int = 4, columns: 
     captions = [pictures.caption(scenes[i].words, rollout.words_read[i], returns[i]) for i in shown]
     sheet = pictures.sample_sheet(rollout.images[shown], captions, min(columns, per_prompt))
     logger.record("samples/images", Image(sheet, "HWC"), exclude=WITHOUT_IMAGES)
+    components = [rollout.components[i] for i in shown]
+    if any(part.boxes is not None for found in components for part in found):
+        sheet = pictures.component_sheet(rollout.images[shown], components, captions, min(columns, per_prompt))
+        logger.record("samples/components", Image(sheet, "HWC"), exclude=WITHOUT_IMAGES)
     lines = [f"| {scenes[i].prompt} | {reads[i]} | {returns[i]:.2f} |" for i in shown]
     logger.record(
         "samples/read",

@@ -1,5 +1,6 @@
 import csv
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 from tiny import STEPS_A_ROLLOUT, assert_same, csv_logger, gradients, nudge, tiny_agent, weights_of
 
-from agents import GRPO, Decoding
+from agents import GRPO, Decoding, logs
 from agents.losses import group_advantages
 from rewards.base import Reward, RewardOutput
 from var_env import VARTextEnv
@@ -253,7 +254,18 @@ class TestLearning:
         events.Reload()
         assert "rollout/reward" in events.Tags()["scalars"]
         assert [event.step for event in events.Images("samples/images")] == [8, 24]  # images
+        assert [event.step for event in events.Images("samples/components")] == [8, 24]
         assert any("samples/read" in tag for tag in events.Tags()["tensors"])
+
+    def test_no_boxes_where_the_reward_has_no_placed_components(self, parts, monkeypatch):
+        agent = tiny_agent(parts)
+        rollout = agent.sample()
+        monkeypatch.setattr(logs, "shows_images", lambda logger: True)
+        without_places = [[part._replace(boxes=None) for part in found] for found in rollout.components]
+        for components in ([], without_places):
+            logs.record_samples(agent.logger, replace(rollout, components=components))
+            assert "samples/images" in agent.logger.name_to_value
+            assert "samples/components" not in agent.logger.name_to_value
 
 
 class Broken(Reward):

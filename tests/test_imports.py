@@ -31,7 +31,14 @@ FLOORS = {  # a module may import its own floor and those above it in this table
         "agents.timing",
         "agents.trackers",
     ),
-    "base": ("agents.base", "agents.progress", "agents.restorable", "agents.step_locals", "agents.trainable"),
+    "base": (
+        "agents.base",
+        "agents.parameter_groups",
+        "agents.progress",
+        "agents.restorable",
+        "agents.step_locals",
+        "agents.trainable",
+    ),
     "algorithms and wrappers": ("agents.",),
     "by name, to disk, watched": (
         "agents.recipes",

@@ -26,6 +26,12 @@ RECIPES = [
     *BUNDLES,
     "vmr+panw+mp",
 ]
+CASES = [(recipe, {}) for recipe in RECIPES] + [  # and options that change what is learned from
+    ("grpo", {"soft_codes": 0.5}),
+    ("grpo+local", {"soft_codes": 0.5}),
+    ("grpo", {"kl_per_update": 0.02, "learning_rate": 1e-3}),
+    ("grpo", {"temperature_lr": 0}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,21 +73,13 @@ def test_the_start_is_far_from_the_optimum(envs):
     assert reward_of(policy, envs, best_of=4) < 0.7  # choosing among a few is no shortcut
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_reaches_the_optimum(recipe, envs):
+@pytest.mark.parametrize(("recipe", "options"), CASES, ids=["-".join([recipe, *options]) for recipe, options in CASES])
+def test_reaches_the_optimum(recipe, options, envs):
     own = {name: value for name, value in OPTIONS.items() if name in options_in(recipe)}
-    agent = make(
-        recipe,
-        envs,
-        new_policy(envs.tokenizer),
-        group_size=16,
-        prompts_per_update=2,
-        learning_rate=1e-2,
-        kl_coef=1e-3,
-        seed=0,
-        device="cpu",
-        **own,
-    )
+    common = {"group_size": 16, "prompts_per_update": 2, "learning_rate": 1e-2, "kl_coef": 1e-3}
+    policy = new_policy(envs.tokenizer)
+    policy.sharpness.requires_grad_("temperature_lr" in options)
+    agent = make(recipe, envs, policy, seed=0, device="cpu", **common | own | options)
     agent.set_logger(Logger(None, []))
     agent.learn(agent.timesteps(IMAGES))
     assert agent.images_decoded < 1.2 * IMAGES

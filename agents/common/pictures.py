@@ -1,4 +1,4 @@
-"""Images for people: samples in a grid, each with a caption strip below it, and masks beside their samples."""
+"""Images for people: samples in a grid, each over its caption, with masks beside them or boxes on them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from rewards.components import Component
 
 TILE = 160  # px, the least width of a tile
 LINE = 15  # px, the height of a caption line
@@ -47,15 +49,11 @@ def mask_sheet(
         masks: one a scale, ``(R, h_t, w_t)`` in [0, 1], which is black to white.
     """
     size, rows = tile_size(images), len(masks[0])
-    k, factor = len(images) // rows, size / images.shape[1]
+    k = len(images) // rows
     tiles, texts = [], []
     for row in range(rows):
         for i in range(row * k, row * k + k):
-            tile = Image.fromarray(images[i]).resize((size, size), Image.Resampling.NEAREST)
-            pen = ImageDraw.Draw(tile)
-            for x0, y0, x1, y1 in np.asarray(boxes[i]) * factor:
-                pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline="red", width=2)
-            tiles.append(tile)
+            tiles.append(with_boxes(images[i], boxes[i], ["red"] * len(boxes[i]), size))
             texts.append(captions[i])
         for t, mask in enumerate(masks):
             h, w = mask[row].shape
@@ -67,6 +65,36 @@ def mask_sheet(
             tiles.append(tile)
             texts.append(f"scale {t + 1}, {h}x{w}\nkept {mask[row].mean():.2f}")
     return sample_sheet(np.stack([np.asarray(tile) for tile in tiles]), texts, k + len(masks))
+
+
+def with_boxes(image: np.ndarray, boxes: np.ndarray, colours: Sequence[str], size: int) -> Image.Image:
+    """An image ``(S, S, 3)`` enlarged to ``size``, with boxes ``(n, 4)``, xyxy in its own pixels, a colour each."""
+    tile = Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(tile)
+    for (x0, y0, x1, y1), colour in zip(np.asarray(boxes) * (size / len(image)), colours, strict=True):
+        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=2)
+    return tile
+
+
+def component_boxes(components: Sequence[Component]) -> tuple[np.ndarray, list[str]]:
+    """The boxes of an image's components, ``(n, 4)``, and their colours: green where one adds to the score, else red.
+
+    Words are left out, since their letters are there. The largest come first, for a letter that is missing has the
+    box of its word and would cover the others.
+    """
+    shown = [part for part in components if part.boxes is not None and part.kind.split("/")[-1] != "word"]
+    found = [(box, "lime" if part.value > 0 else "red") for part in shown for box in np.asarray(part.boxes)]
+    found.sort(key=lambda entry: -float((entry[0][2] - entry[0][0]) * (entry[0][3] - entry[0][1])))
+    return np.array([box for box, _ in found], np.float32).reshape(-1, 4), [colour for _, colour in found]
+
+
+def component_sheet(
+    images: np.ndarray, components: Sequence[Sequence[Component]], captions: Sequence[str], columns: int = 8
+) -> np.ndarray:
+    """`sample_sheet` of ``(N, S, S, 3)`` images with the boxes of their components, see `component_boxes`."""
+    size = tile_size(images)
+    tiles = [with_boxes(image, *component_boxes(found), size) for image, found in zip(images, components, strict=True)]
+    return sample_sheet(np.stack([np.asarray(tile) for tile in tiles]), captions, columns)
 
 
 def caption(words: Sequence[str], read: Sequence[str], score: float) -> str:

@@ -7,9 +7,9 @@ The N (N - 1) / 2 pairs are no independent observations, because each batch is i
 the jackknife over batches: the mean is computed without each batch in turn. Where there is no signal at all it comes
 out up to sqrt(2) times too large, and never too small on average.
 
-The learned temperatures of a `VARTextPolicy` are left out. They are six numbers, multiplied by a large gain, and more
-than nine tenths of the gradient's length: with them the cosine tells whether batches agree on how sharply to sample,
-and not whether they agree on what to draw.
+The learned temperatures of a policy are left out. Those of a `VARTextPolicy` are six numbers, multiplied by a large
+gain, and more than nine tenths of the gradient's length: with them the cosine tells whether batches agree on how
+sharply to sample, and not whether they agree on what to draw.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from agents.losses import group_advantages
 
 COSINE_GATE = 0.05  # at least, between batches of 64 images
 ERROR_GATE = 0.01  # at most
-LEFT_OUT = ("sharpness",)
 
 
 def batch_gradient(agent: GRPO) -> Tensor:
@@ -38,7 +37,8 @@ def batch_gradient(agent: GRPO) -> Tensor:
     rollout = agent.sample()
     advantages = group_advantages(rollout.scores).flatten().to(agent.device)  # (B,)
     logp, _ = agent.policy.evaluate(rollout.cond, rollout.grids, range(len(agent.policy.schedule)))  # (B, L, D)
-    parameters = [weight for name, weight in agent.policy.named_parameters() if name not in LEFT_OUT]
+    left_out = agent.policy.temperature_parameters
+    parameters = [weight for name, weight in agent.policy.named_parameters() if name not in left_out]
     parts = torch.autograd.grad(-(advantages * logp.sum((1, 2))).mean(), parameters)
     return torch.cat([part.flatten() for part in parts])
 

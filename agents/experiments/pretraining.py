@@ -317,8 +317,8 @@ def decay_groups(policy: Policy) -> list[dict]:
     """Weight decay for the matrices and none for biases, norms and embeddings. The temperatures are not trained."""
     embeddings = ("text.byte.weight", "model.decoder.embed_tokens.weight")
     matrices = [p for name, p in policy.named_parameters() if p.ndim == 2 and name not in embeddings]
-    chosen = {id(p) for p in matrices}
-    others = [p for name, p in policy.named_parameters() if id(p) not in chosen and name != "sharpness"]
+    chosen, left_out = {id(p) for p in matrices}, policy.temperature_parameters
+    others = [p for name, p in policy.named_parameters() if id(p) not in chosen and name not in left_out]
     return [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
 
 
