@@ -36,7 +36,9 @@ def test_the_report(width, scheme, report, page_at, looked_at):
     assert page.locator(".plot .main-svg").count() >= 2 * 4
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # what is wider scrolls in its own box
     for plot in page.locator(".plot").all():  # drawn at the width that its place has
-        assert plot.locator(".main-svg").first.bounding_box()["width"] == pytest.approx(plot.bounding_box()["width"], abs=1)
+        assert plot.locator(".main-svg").first.bounding_box()["width"] == pytest.approx(
+            plot.bounding_box()["width"], abs=1
+        )
     plots = page.locator('[data-plots="curves"] .plot').first
     before = plots.locator(".xtitle").text_content()
     page.select_option("#axis", "seconds")
@@ -58,7 +60,7 @@ def test_the_report(width, scheme, report, page_at, looked_at):
     page.locator(".growth summary").first.click()
     strip = page.locator('.strip[data-agent="vmr+mp"] img').first
     strip.wait_for()
-    assert strip.bounding_box()["width"] == 2 * 96 and page.locator(".strip .names span").first.is_visible()
+    assert strip.bounding_box()["width"] == 2 * 92 and page.locator(".strip .names span").first.is_visible()
     looked_at(page)
 
 

@@ -19,7 +19,8 @@ function layout(title, more) {
     title: { text: title, font: { size: 14 }, x: 0.5 },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
     font: { color: colour("--text"), family: getComputedStyle(document.body).fontFamily },
-    margin: { l: 50, r: 20, t: 40, b: 45 }, hovermode: "closest",
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--quiet"), activecolor: colour("--text") },
+    margin: { l: 50, r: 20, t: 40, b: more.xaxis ? 45 : 30 }, hovermode: "closest",
     hoverlabel: { bgcolor: colour("--ground"), bordercolor: colour("--line"), font: { color: colour("--text") }, namelength: -1 },
     xaxis: { ...line, ...more.xaxis }, yaxis: { ...line, ...more.yaxis },
   };
@@ -52,7 +53,7 @@ function intervalPanels(values, titles) {
         hovertemplate: `${agent.name}: ${mean.toFixed(3)}${ends}<extra></extra>`,
       };
     });
-    return { title: titles[name] ?? name, traces, more: { height: 110 + 26 * agents.length, yaxis: { type: "category" } } };
+    return { title: titles[name] ?? name, traces, more: { height: 85 + 26 * agents.length, yaxis: { type: "category" } } };
   });
 }
 
