@@ -111,7 +111,7 @@ def public(checkpoint):
 
 @pytest.fixture(scope="module")
 def shared(checkpoint):
-    return JanusPolicy.from_pretrained(checkpoint, device="cpu", precision="fp32")
+    return JanusPolicy.load_public(checkpoint, device="cpu", precision="fp32")
 
 
 @pytest.fixture
@@ -249,11 +249,11 @@ def test_gradient_checkpointing_changes_no_gradient(policy, tmp_path):
 
 
 def test_bfloat16(checkpoint, shared, tmp_path):
-    half = JanusPolicy.from_pretrained(checkpoint, device="cpu", dtype="bfloat16", precision="fp32")
+    half = JanusPolicy.load_public(checkpoint, device="cpu", dtype="bfloat16", precision="fp32")
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
     assert torch.equal(half.language_model.rotary_emb.inv_freq, shared.language_model.rotary_emb.inv_freq)
     assert shared.tokenizer.codebook.dtype == half.tokenizer.codebook.dtype == torch.float32
-    mixed = JanusPolicy.from_pretrained(checkpoint, device="cpu", precision="bf16")
+    mixed = JanusPolicy.load_public(checkpoint, device="cpu", precision="bf16")
     cond, grids = shared.encode_prompts(PROMPTS), random_grids(shared.tokenizer, 3)
     exact = shared(cond, grids, EVERY)
     for policy in (half, mixed):
@@ -287,9 +287,9 @@ def test_another_template(policy, tmp_path):
 
 def test_bad_options(checkpoint, shared, tokenizer):
     with pytest.raises(ValueError, match="'float16'"):
-        JanusPolicy.from_pretrained(checkpoint, device="cpu", dtype="float16")
+        JanusPolicy.load_public(checkpoint, device="cpu", dtype="float16")
     with pytest.raises(ValueError, match="'tf32'"):
-        JanusPolicy.from_pretrained(checkpoint, device="cpu", precision="tf32")
+        JanusPolicy.load_public(checkpoint, device="cpu", precision="tf32")
     config = {name: shared.config[name] for name in ("text_config", "text_tokenizer")}
     with pytest.raises(ValueError, match="draws with a JanusTokenizer, got a Tokenizer"):
         JanusPolicy(tokenizer, **config)
@@ -297,4 +297,4 @@ def test_bad_options(checkpoint, shared, tokenizer):
 
 def test_no_checkpoint(tmp_path):
     with pytest.raises(OSError, match=r"the folder needs config\.json"):
-        JanusPolicy.from_pretrained(tmp_path)
+        JanusPolicy.load_public(tmp_path)

@@ -79,3 +79,17 @@ def test_repair_and_what_is_beside():
     assert "| 0.500 [" in line and line.count("|") == 5 and line.rstrip("| ").endswith("]")  # no pair, no ink: blank
     assert "| 0.625 " in tables.beside_table(base, [run])
     assert tables.repair_table(tables.summarise(result("base", None, 0.2), [result("grpo", 0, 0.5)])) == ""
+
+
+def test_temperatures_are_shown_where_one_moved():
+    def having(result, *temperatures):
+        return result | {
+            "diagnostics": {f"temperature_{t}": x for t, x in zip(("1_1x1", "2_2x2"), temperatures, strict=True)}
+        }
+
+    base = having(result("base", None, 0.2), 0.8, 0.8)
+    frozen, moved = having(result("grpo", 0, 0.5), 0.8, 0.8), having(result("vmr", 0, 0.5), 0.8, 0.9)
+    assert tables.temperature_table(base, [frozen]) == ""
+    lines = tables.temperature_table(base, [frozen, moved]).splitlines()
+    assert "2x2" in lines[0] and lines[-1].split("|")[3].strip() == "0.900" and len(lines) == 5
+    assert tables.temperature_table(result("base", None, 0.2), [result("grpo", 0, 0.5)]) == ""

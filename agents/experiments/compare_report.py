@@ -45,8 +45,8 @@ def write_report(
         ("Word Accuracy by the number of words", "", tables.words_table(base, runs)),
         (
             "Learned temperatures",
-            "The policy has one learned temperature for each grid, 1 before training. Below 1 it is more certain than "
-            "the base policy, which raises the scores by itself; read a gain beside them.",
+            "The policy has one learned temperature for each grid. Below that of the base policy it is more certain, "
+            "which raises the scores by itself; read a gain beside them.",
             tables.temperature_table(base, runs),
         ),
         ("Runs", "", tables.run_table(runs) if runs else ""),

@@ -166,7 +166,8 @@ def gallery(folder: Path, base: Result, runs: Sequence[Result]) -> tuple[list[di
     for agent in [agent for agent, of in kept.items() if [entry["prompt"] for entry in of["prompts"]] != asked]:
         del kept[agent]
         left_out.append(agent)
-    prompts, size = [], 0
+    prompts: list[dict[str, Any]] = []
+    size = 0
     for i, prompt in enumerate(asked):
         tiles = [{"agent": agent, "frames": of["frames"], **of["prompts"][i]} for agent, of in kept.items()]
         size += sum(len(tile["image"]) for tile in tiles)

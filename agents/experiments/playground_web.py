@@ -53,7 +53,7 @@ class Asked(dict[str, Any]):
 
     def number(self, name: str, most: float) -> float:
         value = self.get(name)
-        if type(value) not in (int, float) or not 0 <= value <= most:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
             raise ValueError(f"{name} must be a number from 0 to {most:g}, got {value!r:.80}")
         return float(value)
 

@@ -214,7 +214,8 @@ def words_table(base: Result, runs: Sequence[Result], metric: str = "word_accura
 
 
 def temperature_table(base: Result, runs: Sequence[Result]) -> str:
-    """One line a policy, a column for the learned temperature of each grid, the mean over seeds; or nothing."""
+    """One line a policy, a column for the learned temperature of each grid, the mean over seeds; nothing where all are
+    those of the base policy."""
     prefix, found = "temperature_", base.get("diagnostics", {})
     names = [name for name in found if name.startswith(prefix)]
     rows = []
@@ -222,7 +223,8 @@ def temperature_table(base: Result, runs: Sequence[Result]) -> str:
         known = [run["diagnostics"] for run in of_policy if "diagnostics" in run]
         rows.append([policy, *(f"{np.mean([run[name] for run in known]):.3f}" for name in names if known)])
     rows = [row for row in rows if len(row) > 1]
-    return table(["Policy", *(name.split("_")[-1] for name in names)], rows) if rows else ""
+    moved = any(row[1:] != rows[0][1:] for row in rows)
+    return table(["Policy", *(name.split("_")[-1] for name in names)], rows) if moved else ""
 
 
 def run_table(runs: Sequence[Result]) -> str:

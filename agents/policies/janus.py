@@ -4,7 +4,7 @@ A Llama reads the prompt in its chat template and the begin-of-image token, then
 embedded by a table and a small aligner; a head of its own predicts the next token. Every token is a step of the
 environment, 576 in the public models. Teacher forcing is one forward pass all the same.
 
-    policy = JanusPolicy.from_pretrained("deepseek-community/Janus-Pro-1B")
+    policy = JanusPolicy.load_public("deepseek-community/Janus-Pro-1B")
     envs = VARTextVectorEnv(8, size=384, tokenizer=policy.tokenizer)
 
 What answers questions about images (the vision tower, the text head) is left out.
@@ -30,7 +30,7 @@ from var_env.weights import load_config_and_weights, load_weights, save_module
 
 TEMPLATE = "<|User|>: {prompt}\n\n<|Assistant|>:<begin_of_image>"
 PARTS = ("language_model", "generation_embeddings", "generation_aligner", "generation_head")  # of `JanusModel`
-MAKER = "JanusPolicy.from_pretrained"
+MAKER = "JanusPolicy.load_public"
 
 
 class Cond(NamedTuple):
@@ -120,7 +120,7 @@ class JanusPolicy(Policy):
             add_lora(self, **lora)
 
     @classmethod
-    def from_pretrained(
+    def load_public(
         cls, name: str | Path, device: str = "auto", dtype: str = "float32", **options: Any
     ) -> JanusPolicy:
         """A public checkpoint's policy and, as ``policy.tokenizer``, its tokenizer; both in eval mode, on ``device``.
