@@ -105,6 +105,8 @@ class TestRuns:
         content = json.loads((out / "results.json").read_text())
         assert content["tables"]["mp"] == {"without": CELLS[3], "with": CELLS[4]}
         assert content["settings"]["split"] == "half" and content["base"]["agent"] == "base"
+        page = (out / "report.html").read_text()
+        assert "<option>mp</option>" in page and page.count('class="tile"') == 5 * (1 + len(CELLS))
 
     def test_figures(self, ablated):
         for name in ("m.png", "mp.png", "tokens_per_step.png"):

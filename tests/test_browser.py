@@ -36,9 +36,8 @@ def test_the_report(width, scheme, report, page_at, looked_at):
     assert page.locator(".plot .main-svg").count() >= 2 * 4
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # what is wider scrolls in its own box
     for plot in page.locator(".plot").all():  # drawn at the width that its place has
-        assert plot.locator(".main-svg").first.bounding_box()["width"] == pytest.approx(
-            plot.bounding_box()["width"], abs=1
-        )
+        drawn, place = (of.bounding_box()["width"] for of in (plot.locator(".main-svg").first, plot))
+        assert drawn == pytest.approx(place, abs=1)
     plots = page.locator('[data-plots="curves"] .plot').first
     before = plots.locator(".xtitle").text_content()
     page.select_option("#axis", "seconds")

@@ -233,6 +233,12 @@ class TestCompare:
             assert {"samples/images", "conflict/cosine"} <= set(tags["images"])
             assert "samples/read/text_summary" in tags["tensors"]
 
+    def test_a_page_to_look_at(self, compared):
+        page = (compared[0] / "report.html").read_text()
+        assert page.count('class="tile"') == 5 * 3 and page.count('class="mask"') > 0 and "no curves" not in page
+        kept = [json.loads((compared[0] / agent / "seed0" / "gallery.json").read_text()) for agent in RECIPES]
+        assert ["masks" in of["prompts"][0] for of in kept] == [False, True]
+
     def test_images(self, compared):
         sheet = Image.open(compared[0] / "before_after.png")
         strips = [

@@ -162,6 +162,7 @@ class TestTree:
             (arm, seed) for arm in ("grpo", "tree") for seed in (0, 1)
         ]
         apart = results["arms"]["tree"]["reward"]["difference"]
+        assert "Does it pay not to throw" in (tmp_path / "report.html").read_text()
         assert list(apart["by_seed"]) == ["0", "1"] and apart["error"] == 0  # random images are all unreadable
         *_, last = rows_of("\n" + told.out.rpartition("| Arm")[1] + told.out.rpartition("| Arm")[2] + "\n\n", "")
         assert last[:2] == ["tree", "0, 1"] and last[-1] == "0.000"

@@ -75,6 +75,7 @@ def test_what_is_found_is_what_a_comparison_takes(weights, module, tmp_path, cap
     found = json.loads((out / "tuned.json").read_text())["agents"]["grpo"]
     assert len(found["trials"]) == 2
     assert found["reward"] == max(trial["reward"] for trial in found["trials"])
+    assert "grpo-1" in (out / "report.html").read_text()
     assert "best" in (out / "results.md").read_text() and "tuned.json" in capsys.readouterr().out
 
     def cell(*options):
