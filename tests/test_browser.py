@@ -12,11 +12,12 @@ import pytest
 from stable_baselines3.common.logger import HParam
 from stable_baselines3.common.logger import Image as LoggedImage
 from test_html_report import out
+from test_playground_web import address, slow
 
 from agents.experiments import html_report
 from agents.logs import open_logger
 
-__all__ = ["out"]  # a fixture
+__all__ = ["address", "out", "slow"]  # fixtures
 pytestmark = pytest.mark.browser
 WIDTHS = (1600, 400)
 
@@ -75,6 +76,16 @@ def test_hovering_tells_the_numbers(report, page_at):
     told = plot.locator(".hovertext")
     told.wait_for()
     assert "0.350 [" in told.text_content()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_playground(width, address, page_at, looked_at):
+    page = page_at(width)
+    page.goto(address)
+    looked_at(page, "VARText playground", "Draw")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    looked_at(page, "4x4", "Reward", "Redraw from 4x4 on")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.fixture(scope="module")

@@ -44,8 +44,8 @@ def slow():
 
 
 @pytest.fixture
-def post(tokenizer, slow):
-    """Asks a playground of the tiny policy: the answer, or the status and the message."""
+def address(tokenizer, slow):
+    """Of a playground of the tiny policy."""
     players = Players({"tiny": Player(tiny_policy(tokenizer), slow)}, slow)
     app = create_app(players, {"prompt": PROMPT}, Limits(waiting=1, sessions=3, body_bytes=2000))
     listening = socket.create_server(("127.0.0.1", 0))
@@ -53,21 +53,26 @@ def post(tokenizer, slow):
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     until(lambda: server.started or not thread.is_alive())
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    slow.go_on.set()
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def post(address):
+    """Asks the playground: the answer, or the status and the message."""
 
     def post(path, body=None, **content):
         data = json.dumps(content).encode() if body is None else body
         try:
-            with urlopen(Request(url + path, data if path else None), timeout=60) as answer:
+            with urlopen(Request(address + path, data if path else None), timeout=60) as answer:
                 found = answer.read().decode()
                 return json.loads(found) if path else found
         except HTTPError as error:
             return error.code, json.load(error)["detail"]
 
-    yield post
-    slow.go_on.set()
-    server.should_exit = True
-    thread.join()
+    return post
 
 
 def begun(post, seed=3):
