@@ -120,9 +120,7 @@ class JanusPolicy(Policy):
             add_lora(self, **lora)
 
     @classmethod
-    def load_public(
-        cls, name: str | Path, device: str = "auto", dtype: str = "float32", **options: Any
-    ) -> JanusPolicy:
+    def load_public(cls, name: str | Path, device: str = "auto", dtype: str = "float32", **options: Any) -> JanusPolicy:
         """A public checkpoint's policy and, as ``policy.tokenizer``, its tokenizer; both in eval mode, on ``device``.
 
         Args:
