@@ -281,8 +281,9 @@ class PolicyContract:
             wrong = {name: value for name, value in logger.name_to_value.items() if not np.isfinite(value)}
             assert not wrong, f"after {agent.n_updates} updates: {wrong}"
         still = [name for name, weight in policy.named_parameters() if torch.equal(weight, before[name])]
-        frozen = [name for name, weight in policy.named_parameters() if not weight.requires_grad]
-        assert set(still) <= set(frozen), f"{recipe} left {still} as they were"
+        frozen = {name for name, weight in policy.named_parameters() if not weight.requires_grad}
+        frozen |= {*policy.temperature_parameters}  # by the agents' default
+        assert set(still) <= frozen, f"{recipe} left {still} as they were"
 
 
 class TokenizerContract:

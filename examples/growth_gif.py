@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from var_env.agents_clash import check_agents
@@ -27,6 +28,8 @@ from PIL import Image
 from agents import Decoding, held_out_scenes
 from agents.common.pictures import caption, sample_sheet
 from agents.experiments.loading import make_env
+from agents.experiments.options import clear_errors, require_at_least_one
+from agents.experiments.output import require_file
 from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.rollout import Caches, unroll
@@ -79,14 +82,22 @@ def save(path: Path, sheets: list[np.ndarray]) -> None:
     files[0].save(path, save_all=True, append_images=files[1:], duration=durations, loop=0, optimize=True)
 
 
-def main() -> int:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="base", help="name or file of the policy before (default: %(default)s)")
     parser.add_argument("--trained", required=True, metavar="FILE", help="of the policy after")
     parser.add_argument("--prompts", type=int, default=4, help="side by side (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("docs/growth.gif"), help="(default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    with clear_errors():
+        require_file(args.out, "--out", ".gif")
+        require_at_least_one(prompts=args.prompts)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
     policies = {"before": load_policy(args.base).eval(), "after": load_policy(args.trained).eval()}
     save(args.out, frames(policies, args.prompts, args.seed))
     print(f"{args.out}: {args.out.stat().st_size / 1000:.0f} kB")

@@ -206,11 +206,8 @@ class TestCompare:
     def test_temperatures_and_numbers_of_words(self, compared):
         results = json.loads((compared[0] / "results.json").read_text())
         text = (compared[0] / "results.md").read_text()
-        temperatures = rows_of(text, "## Learned temperatures")
-        assert temperatures[0] == ["Policy", "1x1", "2x2", "4x4"]
-        assert [row[0] for row in temperatures[1:]] == ["base", *RECIPES]
-        of_grpo = [r["diagnostics"]["temperature_3_4x4"] for r in results["runs"] if r["agent"] == "grpo"]
-        assert temperatures[2][3] == f"{np.mean(of_grpo):.3f}" and temperatures[1][3] == "1.000"
+        assert "## Learned temperatures" not in text  # they are frozen
+        assert all(run["diagnostics"] == results["base"]["diagnostics"] for run in results["runs"])
         headers, *words = rows_of(text, "## Word Accuracy by the number of words")
         counts = [prompt.count('"') // 2 for prompt in results["base"]["prompts"]["prompt"]]
         assert headers == ["Policy", *(f"Words: {n} (prompts: {counts.count(n)})" for n in sorted(set(counts)))]

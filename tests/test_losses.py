@@ -50,7 +50,7 @@ class TestLogProbs:
         support = torch.rand(2, 3, 2, 5) < 0.5
         support.scatter_(-1, tokens.unsqueeze(-1), True)
         for mask in (None, support):
-            logp, entropy, full = losses.log_probs(logits, tokens, mask)
+            logp, entropy, full, _ = losses.log_probs(logits, tokens, mask)
             for b in range(2):
                 for i in range(3):
                     want_logp = want_entropy = 0.0
@@ -67,7 +67,7 @@ class TestLogProbs:
     def test_support_gives_finite_gradients(self):
         logits = randn(1, 2, 1, 4).requires_grad_()
         support = torch.tensor([True, False, True, False]).expand(1, 2, 1, 4)
-        logp, entropy, full = losses.log_probs(logits, torch.zeros(1, 2, 1, dtype=torch.int64), support)
+        logp, entropy, full, _ = losses.log_probs(logits, torch.zeros(1, 2, 1, dtype=torch.int64), support)
         reference = losses.log_probs(randn(1, 2, 1, 4, seed=1), torch.zeros(1, 2, 1, dtype=torch.int64), support)[2]
         (logp.sum() + entropy.sum() + losses.full_kl(full, reference).sum()).backward()
         assert torch.isfinite(logits.grad).all()

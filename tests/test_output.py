@@ -81,11 +81,18 @@ def test_every_script_that_writes_a_folder(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "option", "file"),
-    [("play", "--png", "name"), ("play", "--gif", "name.png"), ("bench", "--json", "."), ("sweep", "--json", ".")],
+    [
+        ("play", "--png", "name"),
+        ("play", "--gif", "name.png"),
+        ("bench", "--json", "."),
+        ("sweep", "--json", "."),
+        ("growth_gif", "--out", "name.png"),
+    ],
 )
 def test_every_script_that_writes_a_file(name, option, file, tmp_path):
+    needed = ["--trained", "policy"] if name == "growth_gif" else []
     with pytest.raises(SystemExit) as end:
-        load(name).parse([option, str(tmp_path / file)])
+        load(name).parse([*needed, option, str(tmp_path / file)])
     assert str(end.value.code).startswith(f"error: {option} {tmp_path / file}: ")
 
 
@@ -94,4 +101,4 @@ def test_no_script_that_writes_is_left_out():
     scripts = [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("questions/*.py")]
     scripts += (EXAMPLES.parent / "agents" / "experiments").glob("*.py")
     writes = {path.stem for path in scripts if any(f'"{name}", type=Path' in path.read_text() for name in OUTPUTS)}
-    assert writes == {*FOLDERS, "play", "bench", "sweep", "question"}
+    assert writes == {*FOLDERS, "play", "bench", "sweep", "question", "growth_gif"}

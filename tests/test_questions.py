@@ -63,7 +63,7 @@ def test_help_teaches(name, script, capsys):
     assert all(option in text for option in ("--preset", "--seeds", "--policy", "--images", "(default: "))
     with pytest.raises(SystemExit):
         script(name).main(["--help-all"])
-    assert "Several processes may share one --out" in capsys.readouterr().out
+    assert "Several processes may share one --out" in " ".join(capsys.readouterr().out.split())
 
 
 class TestStatistics:

@@ -110,7 +110,7 @@ def add_track_option(parser: Parser) -> None:
     parser.add_argument(
         "--track",
         choices=["wandb"],
-        help='send what TensorBoard gets to Weights & Biases, too: pip install "vartext[wandb]"',
+        help="what TensorBoard gets goes there, too (vartext[wandb])",
     )
 
 
