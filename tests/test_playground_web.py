@@ -47,7 +47,9 @@ def slow():
 def address(tokenizer, slow):
     """Of a playground of the tiny policy."""
     players = Players({"tiny": Player(tiny_policy(tokenizer), slow)}, slow)
-    app = create_app(players, {"prompt": PROMPT, "policy": "tiny", **DECODING}, Limits(waiting=1, sessions=3, body_bytes=2000))
+    app = create_app(
+        players, {"prompt": PROMPT, "policy": "tiny", **DECODING}, Limits(waiting=1, sessions=3, body_bytes=2000)
+    )
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
