@@ -173,7 +173,7 @@ def rebuild(saved: Saved, env: Any, device: torch.device | str, replaced: dict[s
     replaced = dict(replaced)
     for _, options in wrappers:
         options.update({name: replaced.pop(name) for name in options.keys() & replaced.keys()})
-    settings = {"temperature_lr": None, **saved.settings}  # of before there was a choice
+    settings = {"temperature_lr": None, **saved.settings}  # files of before the option: learned with the weights
     unknown = sorted(replaced.keys() - settings.keys())
     if unknown:
         known = sorted({*settings, *(name for _, options in wrappers for name in options)})
