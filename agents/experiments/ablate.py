@@ -13,6 +13,8 @@
     alternation  VMR + PANW, prefix and suffix updates in turns or in two blocks (Table 4b)
     k            VMR + PANW + MP with every number of suffixes a prefix (Table 5)
 
+What a table does not change is as `vartext tune` found it for VMR, for VMR + PANW, or for VMR + PANW + MP.
+
 In --out: report.html (all of it to look at in a browser), results.md (the tables, with the paper's rows beside ours),
 results.json, a figure each (m.png, ...), tokens_per_step.png (Figure 1), and for each run, a cell and a seed, what
 `vartext compare` writes for one. A cell's folder is named by what it is, so that tables share cells, and a finished one
@@ -33,7 +35,7 @@ from pathlib import Path
 
 from agents.experiments.options import Parser, clear_errors
 from agents.experiments.output import require_folder
-from agents.experiments.run_options import Preset, add_run_options, finish
+from agents.experiments.run_options import Preset, add_run_options, add_settings_option, finish
 
 TABLES = ("m", "alpha", "mp", "alternation", "k")  # see `ablations.TABLES`
 PRESET = Preset(images=6400, test_prompts=512, val_prompts=128)
@@ -47,6 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     seeds = " ".join(map(str, SEEDS))
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", default=SEEDS, help=f"(default: {seeds})")
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"), help="(default: %(default)s)")
+    add_settings_option(parser)
     add_run_options(parser, {"ablate": PRESET})
     args = parser.parse_args(argv)
     with clear_errors():

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from agents.common.schedules import SCHEDULES, make_schedule
 from agents.experiments.agent_options import add_agent_options, agent_settings
 from agents.experiments.options import (
     Parser,
@@ -21,8 +22,8 @@ from agents.experiments.options import (
 from agents.experiments.tuned import COMMON
 
 
-def option(default: Any, text: str, rare: bool = False) -> Any:
-    return field(default=default, metadata={"help": text, "rare": rare})
+def option(default: Any, text: str, rare: bool = False, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "rare": rare, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Preset:
     images: int = option(1280, "budget of each run in reward calls, one for each image decoded")
     seconds: float = option(0.0, "cap on the training time of each run, which then is compared with none; 0 for none")
     learning_rate: float = option(5e-5, "AdamW's")
+    schedule: str = option("constant", "what becomes of it on the way to --images", choices=SCHEDULES)
+    warmup: float = option(0.0, "share of the way on which it rises from 0", rare=True)
     group_size: int = option(8, "G, images for each prompt; prefixes for each in VMR's prefix updates")
     prompts_per_update: int = option(8, "P, so that an update learns from P * G rows")
     kl_coef: float = option(0.02, "weight of the KL to the base policy; 0 is without")
@@ -44,9 +47,34 @@ class Preset:
     def __post_init__(self) -> None:
         values = dataclasses.asdict(self)
         require_at_least_one(**{name: value for name, value in values.items() if isinstance(value, int)})
+        learning_rate_of(values)  # refuses a schedule that makes no sense
         for name, value in values.items():
-            if not value >= 0:
+            if not isinstance(value, str) and not value >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
+
+
+def learning_rate_of(settings: Mapping[str, Any]) -> Any:
+    """What an agent takes as its learning rate: the number, or the schedule that begins or ends with it.
+
+    Args:
+        settings: with the entries ``learning_rate``, ``schedule`` and ``warmup`` of `Preset`.
+
+    Raises:
+        ValueError: an unknown schedule, a rate of 0 with a schedule, or a warmup that is no share of the way.
+    """
+    rate, schedule, warmup = (settings[name] for name in ("learning_rate", "schedule", "warmup"))
+    return rate if schedule == "constant" and not warmup else make_schedule(schedule, rate, warmup)
+
+
+def add_settings_option(parser: Parser) -> None:
+    """``--settings``, for commands that take what ``vartext tune`` found."""
+    parser.add_argument(
+        "--settings",
+        dest="tuned",
+        metavar="tuned|common|FILE",
+        help="each agent's own settings as vartext tune found them, or the same for all; options that are given come "
+        "first (default: tuned where that fits the world, else common)",
+    )
 
 
 def add_run_options(parser: Parser, presets: Mapping[str, Preset]) -> None:
@@ -64,7 +92,8 @@ def add_run_options(parser: Parser, presets: Mapping[str, Preset]) -> None:
         group.add_argument(
             option_of(entry.name),
             type=type(entry.default),
-            metavar=type(entry.default).__name__.upper(),
+            choices=entry.metadata["choices"],
+            metavar=None if entry.metadata["choices"] else type(entry.default).__name__.upper(),
             help=f"{entry.metadata['help']} (default: {default})",
         )
     parser.rare.add_argument(
@@ -85,7 +114,7 @@ def finish(args: argparse.Namespace, preset: Preset) -> None:
     given = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(Preset)}
     args.given = {name: value for name, value in given.items() if value is not None}
     args.settings = dataclasses.replace(preset, **args.given)
-    args.tuned = COMMON  # a command that takes --settings says otherwise
+    args.tuned = getattr(args, "tuned", COMMON)
     require_at_least_one(save_every=args.save_every)
     check_ray(args)
     if args.track:

@@ -52,7 +52,7 @@ from agents.experiments.options import (
     clear_errors,
 )
 from agents.experiments.output import write_json
-from agents.experiments.run_options import Preset
+from agents.experiments.run_options import Preset, learning_rate_of
 from agents.experiments.tensorboard import record_hparams, write_layout
 from agents.logs import open_logger
 from agents.policies.base import Policy
@@ -178,6 +178,7 @@ class Comparison:
         settings = dataclasses.asdict(self.settings) | cell.method
         decoding = Decoding(temperature=settings["temperature"])
         available = recipes.options_in(cell.recipe).keys() | cell.method.keys() - {"temperature"}
+        settings["learning_rate"] = learning_rate_of(settings)
         chosen = {name: value for name, value in settings.items() if name in available}
         own = {"decoding": decoding, "seed": cell.seed, "device": self.base.device}
         return recipes.make(cell.recipe, self.env, copy_of(self.base), **{**chosen, **own})

@@ -1,0 +1,48 @@
+"""The options that all runs of a comparison have in common."""
+
+import pytest
+from test_comparable import comparison
+from test_examples import weights  # noqa: F401 (a fixture)
+
+from agents.common.schedules import WarmupCosine, WarmupLinear
+from agents.experiments import compare
+from agents.experiments.run_options import Preset, learning_rate_of
+
+
+def rate_of(**changes):
+    return learning_rate_of({"learning_rate": 1e-4, "schedule": "constant", "warmup": 0.0} | changes)
+
+
+def test_a_learning_rate_is_a_number_or_a_schedule():
+    assert rate_of() == 1e-4
+    assert rate_of(warmup=0.1) == WarmupLinear(1e-4, 0.1, end=1e-4)
+    assert rate_of(schedule="linear", warmup=0.1) == WarmupLinear(1e-4, 0.1)
+    assert rate_of(schedule="cosine") == WarmupCosine(1e-4, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "square"}, "unknown schedule 'square': choose one of constant, linear, cosine"),
+        ({"warmup": 1.0}, "warmup must be a share of the training"),
+        ({"schedule": "linear", "learning_rate": 0.0}, "start must be a finite learning rate above 0, got 0"),
+        ({"temperature": -1.0}, "--temperature must be at least 0, got -1"),
+        ({"images": 0}, "images must be at least 1"),
+    ],
+)
+def test_bad_input(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Preset(**changes)
+
+
+def test_an_agent_gets_the_schedule_with_its_own_rate(weights):  # noqa: F811
+    found = comparison(weights, "--agents", "grpo", "--schedule", "linear", "--learning-rate", "1e-3")
+    cell = found.cell("grpo", 0)
+    assert found.agent(cell).unwrapped.learning_rate == WarmupLinear(1e-3, 0.0)
+    assert found.asked(cell)["schedule"] == "linear"
+
+
+def test_an_unknown_schedule_is_refused_by_the_command(capsys):
+    with pytest.raises(SystemExit):
+        compare.parse(["--schedule", "square"])
+    assert "invalid choice: 'square'" in capsys.readouterr().err
