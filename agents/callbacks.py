@@ -16,6 +16,7 @@ from agents.base import Agent
 from agents.checkpoints import Checkpoints, updates_of
 from agents.common.files import replacing
 from agents.evaluation import Evaluation, evaluate, held_out_scenes
+from agents.policies.base import Policy
 from agents.sampling import Decoding
 from var_env.scenes import Scene
 from var_env.seeding import as_seed
@@ -70,6 +71,7 @@ class HeldOutEval(AgentCallback):
         prompts: number of scenes, or the scenes themselves.
         split, seed: where the scenes are drawn from, and the noise; the same for every agent.
         decoding: how images are drawn; default as in training.
+        reference: a policy to estimate the KL to, logged as ``eval/kl`` in nats an image.
 
     Attributes:
         history: (update, Evaluation) pairs.
@@ -83,6 +85,7 @@ class HeldOutEval(AgentCallback):
         seed: int = 0,
         decoding: Decoding | None = None,
         batch_size: int = 64,
+        reference: Policy | None = None,
     ) -> None:
         super().__init__()
         if every < 1:
@@ -90,7 +93,7 @@ class HeldOutEval(AgentCallback):
         self.every, self.split, self.seed = every, split, as_seed(seed)
         self.count = prompts if isinstance(prompts, int) else len(prompts)
         self.scenes = [] if isinstance(prompts, int) else list(prompts)
-        self.decoding, self.batch_size = decoding, batch_size
+        self.decoding, self.batch_size, self.reference = decoding, batch_size, reference
         self.history: list[tuple[int, Evaluation]] = []
 
     def _on_rollout_start(self) -> None:
@@ -119,11 +122,20 @@ class HeldOutEval(AgentCallback):
         self.scenes = self.scenes or held_out_scenes(agent.env.world, self.count, self.seed, self.split)
         decoding = self.decoding or agent.decoding
         result = evaluate(
-            agent.best_policy, agent.env, self.scenes, decoding, self.seed, self.batch_size, agent.best_of
+            agent.best_policy,
+            agent.env,
+            self.scenes,
+            decoding,
+            self.seed,
+            self.batch_size,
+            agent.best_of,
+            reference=self.reference,
         )
         self.history.append((agent.n_updates, result))
         for name, value in (result.means() | result.shares()).items():
             self.logger.record(f"eval/{name}", value)
+        if result.kl is not None:
+            self.logger.record("eval/kl", float(result.kl.mean()))
 
 
 class BestCheckpoint(HeldOutEval):

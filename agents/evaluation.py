@@ -13,7 +13,7 @@ from agents.beside import applicable_shares, measure_beside
 from agents.common.checks import require_at_least
 from agents.inner_env import inner_env
 from agents.policies.base import Policy
-from agents.rollout import collect, resized
+from agents.rollout import Rollout, collect, resized
 from agents.sampling import Decoding
 from rewards import OCRReward
 from rewards.text_metrics import normalized_edit_distance, word_accuracy
@@ -41,6 +41,7 @@ class Evaluation:
     regions: list[np.ndarray]  # N of (number found, 4), where the reward looked, xyxy in pixels
     grids: list[torch.Tensor]  # T of (min(N, keep_grids), n_t, D), the tokens of the first images
     beside: Record  # what no reward sees, see `attributes`; nothing for scenes that are no `Scene`
+    kl: np.ndarray | None = None  # estimate of the KL to the reference, nats an image; None without a reference
 
     def means(self) -> dict[str, float]:
         """The headline numbers."""
@@ -76,6 +77,7 @@ def evaluate(
     batch_size: int = 64,
     best_of: int = 1,
     keep_grids: int = 0,
+    reference: Policy | None = None,
 ) -> Evaluation:
     """Draw one image for each prompt, or the best of several, and score it. The same arguments, the same result.
 
@@ -87,6 +89,8 @@ def evaluate(
         best_of: images for each prompt, of which the one with the highest reward is kept, the first of equals.
             All that is returned is of the image kept, so that word accuracy and NED tell what the choice is worth.
         keep_grids: of how many prompts, the first ones, the tokens are returned too, at least 0.
+        reference: a policy of the same tokenizer, such as the one before training, to estimate the KL to. Its mean over
+            images is unbiased where they are drawn at temperature 1 and untruncated; a single image's may be negative.
     """
     require_at_least(1, batch_size=batch_size, best_of=best_of)
     require_at_least(0, keep_grids=keep_grids)
@@ -105,6 +109,7 @@ def evaluate(
         drawn = collect(policy, resized(base, len(batch)), best_of, decoding, generator, scenes=batch)
         best = drawn.scores.argmax(1, keepdim=True)  # (P, 1)
         rollouts.append(drawn.rows(policy, torch.arange(len(batch))[:, None] * best_of + best))
+    kl = None if reference is None else np.concatenate([log_ratio(policy, reference, r) for r in rollouts])
     policy.train(training)
     images = np.concatenate([rollout.images for rollout in rollouts])
     words_read = [words for rollout in rollouts for words in rollout.words_read]
@@ -126,7 +131,17 @@ def evaluate(
             for of_grid in zip(*(rollout.draws for rollout in rollouts), strict=True)
         ],
         beside=measure_beside(images, scenes, words_read),
+        kl=kl,
     )
+
+
+@torch.no_grad()
+def log_ratio(policy: Policy, reference: Policy, rollout: Rollout) -> np.ndarray:
+    """``log p(image) - log p_reference(image)`` of each row, ``(B,)``, in nats: its mean is the KL to the reference."""
+    steps = range(len(policy.schedule))
+    logp, other = (p.evaluate(rollout.cond, rollout.grids, steps)[0] for p in (policy, reference))  # (B, L, D)
+    ratio: np.ndarray = (logp - other).double().sum((1, 2)).cpu().numpy()
+    return ratio
 
 
 def bootstrap_interval(

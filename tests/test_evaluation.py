@@ -50,6 +50,20 @@ class TestEvaluate:
         assert result.parts["mean"].shape == (3,)
         assert result.means()["word_accuracy"] == pytest.approx(1 / 3)
 
+    def test_the_kl_to_a_reference(self, tokenizer, policy, parts):
+        other = tiny_policy(tokenizer)
+        other.load_state_dict({name: value + 0.05 for name, value in policy.state_dict().items()})
+        result = evaluate(policy, tiny_envs(parts), 5, batch_size=2, keep_grids=5, reference=other)
+        cond, steps = policy.encode_prompts([scene.prompt for scene in result.scenes]), range(len(policy.schedule))
+        with torch.no_grad():
+            first, second = (p(cond, result.grids, steps).log_softmax(-1) for p in (policy, other))  # (B, L, D, V)
+        chosen = torch.cat(result.grids, 1)[..., None]  # (B, L, D, 1)
+        naive = (first.gather(-1, chosen) - second.gather(-1, chosen)).flatten(1).sum(1)
+        np.testing.assert_allclose(result.kl, naive, rtol=1e-3, atol=1e-3)
+        assert abs(result.kl).min() > 0
+        assert not evaluate(policy, tiny_envs(parts), 3, reference=policy).kl.any()
+        assert evaluate(policy, tiny_envs(parts), 3).kl is None
+
     def test_deterministic_and_without_side_effects(self, policy, parts):
         envs = tiny_envs(parts)
         envs.reset(seed=0)
@@ -208,9 +222,10 @@ def test_a_plain_object_is_a_world(parts):
     assert held_out_scenes(envs.world, 2, seed=3) == held_out_scenes(envs.world, 5, seed=3)[:2]
     policy = tiny_policy(parts["tokenizer"])
     agent = GRPO(policy, envs, group_size=2, prompts_per_update=2, seed=0, device="cpu")
-    evaluation = HeldOutEval(every=1, prompts=2)
+    evaluation = HeldOutEval(every=1, prompts=2, reference=policy)
     agent.learn(12, evaluation)
-    assert len(evaluation.history) == 2 and evaluate(policy, envs, 2).scores.shape == (2,)
+    assert len(evaluation.history) == 2 and not evaluation.history[0][1].kl.any()
+    assert evaluate(policy, envs, 2).scores.shape == (2,)
 
 
 @pytest.mark.parametrize("world", [PlainWorld, object(), SimpleNamespace(size=64, max_prompt_bytes="x")])

@@ -78,6 +78,7 @@ def test_repair_and_what_is_beside():
     (line,) = tables.repair_table(summary).splitlines()[2:]
     assert "| 0.500 [" in line and line.count("|") == 5 and line.rstrip("| ").endswith("]")  # no pair, no ink: blank
     assert "| 0.625 " in tables.beside_table(base, [run])
+    assert tables.beside_table(base, [run | {"kl": [12.34, 11.0, 13.0]}]).splitlines()[3].rstrip("| ").endswith("12.3")
     assert tables.repair_table(tables.summarise(result("base", None, 0.2), [result("grpo", 0, 0.5)])) == ""
 
 

@@ -15,8 +15,9 @@ examples/custom_agent.py.
 
 In --out: report.html (all of it to look at in a browser: tables, curves, the same prompts drawn by all agents),
 results.md (the tables), results.json (settings, versions, every score), curves.png, budgets.png (the held-out curves
-against images, tokens, updates and seconds), before_after.png, and for each run AGENT/seedK/ with TensorBoard events,
-progress.csv, policy.safetensors, result.json, and the images of a few prompts as they grew, gallery.png and .json.
+against images, tokens, updates and seconds), frontier.png (against the KL to the base policy), before_after.png, and
+for each run AGENT/seedK/ with TensorBoard events, progress.csv, policy.safetensors, result.json, and the images of a
+few prompts as they grew, gallery.png and .json.
 
 All agents start from the same weights, see the same training prompts in the same order, decode alike, and are
 evaluated with the same noise on test prompts, whose words are in no training prompt. The budget is counted in images

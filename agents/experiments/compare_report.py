@@ -61,7 +61,7 @@ def write_report(
 
 
 def draw(out: Path, base: Result, runs: Sequence[Result], axis: str) -> None:
-    """The figures: before_after.png, curves.png, budgets.png, repair.png and profile.png."""
+    """The figures: before_after.png, curves.png, budgets.png, frontier.png, repair.png and profile.png."""
     first = {run["agent"]: run for run in reversed(runs)}  # each agent's first seed
     strips = {"base policy": out / "base" / "samples.png"}
     for agent, run in reversed(first.items()):
@@ -71,5 +71,7 @@ def draw(out: Path, base: Result, runs: Sequence[Result], axis: str) -> None:
         figures.stack(strips).save(part)
     figures.draw_curves(out / "curves.png", out, runs, [("rollout", axis), ("eval", axis)])
     figures.draw_curves(out / "budgets.png", out, runs, [("eval", budget) for budget in AXES])
+    if any("kl" in run for run in runs):  # earlier versions did not measure it
+        figures.draw_frontier(out / "frontier.png", out, runs)
     figures.draw_repair(out / "repair.png", out, runs)
     figures.draw_profile(out / "profile.png", base, runs)

@@ -114,6 +114,25 @@ def draw_curves(
     save_figure(path, figure)
 
 
+def draw_frontier(path: Path, out: Path, runs: Sequence[Result]) -> None:
+    """Reward and word accuracy on the curves' prompts against the KL to the base policy: what each nat buys."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
+    agents = by_agent(complete(runs))
+    many = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(agents)))
+    for panel, metric in zip(panels, ("reward", "word_accuracy"), strict=True):
+        for i, (agent, of_agent) in enumerate(agents.items()):
+            curves = [
+                read_curve(run_folder(out, agent, run["seed"]) / "progress.csv", "eval/kl", f"eval/{metric}")
+                for run in of_agent
+            ]
+            draw_agent(panel, curves, agent, f"C{i}" if len(agents) <= 4 else many[i])
+        panel.set(title=f"{METRICS[metric]}, held-out prompts", xlabel="KL to the base policy, nats an image")
+        panel.grid(alpha=0.3)
+    if agents:
+        panels[-1].legend(loc="lower right", fontsize="small")
+    save_figure(path, figure)
+
+
 def save_figure(path: Path, figure: Any) -> None:
     figure.tight_layout()
     with replacing(path) as part:

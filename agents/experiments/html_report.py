@@ -29,7 +29,8 @@ COLOURS = ("#1A7FC4", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#808080"  # the base policy's
 IMAGES = 3_500_000  # characters, at most, of all images: the page with plotly stays well below 10 MB
 INTERVALS = ("reward", "word_accuracy", "ned", "nothing_read")
-FIGURES = ("before_after.png", "curves.png", "budgets.png", "repair.png")  # shown where the runs' own files are missing
+FIGURES = ("before_after.png", "curves.png", "budgets.png", "repair.png", "frontier.png")
+DRAWN = FIGURES[:4]  # by the script, from the runs' own files where these are there
 FOLDED = ("Settings", "Runs")  # sections that are closed at first
 
 
@@ -63,8 +64,8 @@ def page(folder: Path) -> str:
     shown, frames, cut = gallery(folder, base, runs)
     has_curves = any(agent["seeds"] for agent in data["agents"])
     lead, sections = split_text(content["text"])
-    missing = [name for name in FIGURES if (folder / name).is_file()]
-    missing = [name for name in missing if not (shown if name == "before_after.png" else has_curves)]
+    drawn = {name for name in DRAWN if (shown if name == "before_after.png" else has_curves)}
+    images = [name for name in FIGURES if name not in drawn and (folder / name).is_file()]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {}  # in the order that the data have
     return environment.get_template("report.html").render(
@@ -77,7 +78,7 @@ def page(folder: Path) -> str:
         prompts=shown,
         frames=frames,
         cut=cut,
-        figures=[(name, stored_results.data_uri(Image.open(folder / name).convert("RGB"))) for name in missing],
+        figures=[(name, stored_results.data_uri(Image.open(folder / name).convert("RGB"))) for name in images],
         plotly=get_plotlyjs(),
         style=(HERE / "report.css").read_text(),
         script=(HERE / "report.js").read_text(),

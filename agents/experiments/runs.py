@@ -157,7 +157,14 @@ class Comparison:
         """Evaluate a policy on the test prompts, save images and the result, and return it; ``mask`` is the run's."""
         tqdm.write(f"{cell}: evaluating on {len(self.test)} held-out prompts", file=sys.stderr)
         evaluation = evaluate(
-            policy, self.env, self.test, self.decoding, NOISE_SEED, best_of=best_of, keep_grids=figures.SHOWN
+            policy,
+            self.env,
+            self.test,
+            self.decoding,
+            NOISE_SEED,
+            best_of=best_of,
+            keep_grids=figures.SHOWN,
+            reference=self.base,
         )
         result = {
             "agent": cell.label,
@@ -192,7 +199,15 @@ class Comparison:
         agent.set_logger(open_logger(folder, ["tensorboard", "csv", *filter(None, [self.args.track])], step))
         callbacks: list[BaseCallback] = [
             saves,
-            CurveEval(settings.eval_every, self.val, "val", NOISE_SEED, self.decoding, base=self.before),
+            CurveEval(
+                settings.eval_every,
+                self.val,
+                "val",
+                NOISE_SEED,
+                self.decoding,
+                base=self.before,
+                reference=self.base,
+            ),
             StopAfter(images=settings.images, seconds=cap),
             StopOnSignal(interrupt),
             ImageBar(settings.images, str(cell)),

@@ -6,7 +6,8 @@ A *result* is a dict, as it stands in ``result.json``:
   clock or a signal ended the run before its budget, else ``None``;
 - ``budget``: images, tokens, updates and seconds; ``diagnostics`` of the policy, such as its temperatures;
 - ``metrics``: mean and interval of each metric; ``prompts``: lists in the order of the held-out prompts, of the prompt,
-  what was read, and every metric; ``beside``: what was measured beside the reward, by `var_env.attributes`.
+  what was read, and every metric; ``beside``: what was measured beside the reward, by `var_env.attributes`;
+- ``kl``: mean and interval of the KL to the base policy, nats an image.
 
 Only runs that spent their budget are compared. A run that was stopped is listed, and paired with nobody.
 """
@@ -47,7 +48,7 @@ BESIDE = {  # what the table beside the reward shows, in this order
 
 
 def measure(evaluation: Evaluation) -> dict[str, Any]:
-    """The part of a result that an evaluation gives: ``metrics``, ``prompts`` and ``beside``."""
+    """The part of a result that an evaluation gives: ``metrics``, ``prompts``, ``beside`` and, if measured, ``kl``."""
     arrays = (evaluation.scores, evaluation.word_accuracy, evaluation.ned, evaluation.nothing_read)
     scores = {name: [round(float(value), 6) for value in array] for name, array in zip(METRICS, arrays, strict=True)}
     beside = {name: [number(value) for value in values] for name, values in evaluation.beside.items()}
@@ -55,6 +56,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         "metrics": {name: bootstrap_interval(values) for name, values in scores.items()},
         "prompts": scores | {"prompt": [scene.prompt for scene in evaluation.scenes], "read": evaluation.words_read},
         "beside": beside,
+        **({} if evaluation.kl is None else {"kl": bootstrap_interval(evaluation.kl)}),
     }
 
 
@@ -157,8 +159,10 @@ def beside_table(base: Result, runs: Sequence[Result]) -> str:
         ]
         if known:
             means = [np.mean([of.get(name, math.nan) for of in known]) for name in BESIDE]
-            rows.append([policy, *("" if math.isnan(value) else f"{value:.3f}" for value in means)])
-    return table(["Policy", *BESIDE.values()], rows) if rows else ""
+            moved = [run["kl"][0] for run in of_policy if "kl" in run]
+            kl = f"{np.mean(moved):.1f}" if len(moved) == len(of_policy) else ""
+            rows.append([policy, *("" if math.isnan(value) else f"{value:.3f}" for value in means), kl])
+    return table(["Policy", *BESIDE.values(), "KL to base, nats an image"], rows) if rows else ""
 
 
 def repair_table(summary: Mapping[str, Any]) -> str:
