@@ -96,6 +96,9 @@ class Agent(Trainable):
             "gain is in what is drawn and not in how sharply. Their gradient is clipped apart from that of the "
             "weights. ``None``: they are learned and clipped with the weights.",
         ] = 0.0,
+        weight_decay: Annotated[
+            float, "AdamW's, at least 0: each step takes this share, times the learning rate, off all weights."
+        ] = 0.0,
         max_grad_norm: Annotated[float, "the gradient is scaled down to this norm."] = 1.0,
         max_skipped: Annotated[
             int,
@@ -145,6 +148,8 @@ class Agent(Trainable):
         require_at_least(1, group_size=group_size, prompts_per_update=prompts_per_update, overlap=overlap)
         require_at_least(0, max_skipped=max_skipped)
         require_groups(type(self), group_size)
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay}")
         if not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
         if not (temperature_lr is None or callable(temperature_lr) or is_rate(temperature_lr)):
@@ -160,6 +165,7 @@ class Agent(Trainable):
         self.reference: Policy | None = None
         self.ema: Policy | None = None
         self.temperature_lr, self.lr_factor = temperature_lr, 1.0
+        self.weight_decay = weight_decay
         self.max_grad_norm, self.max_skipped, self.ema_decay = max_grad_norm, max_skipped, ema_decay
         self.skipped_steps = self._skipped_in_a_row = self._steps = self._steps_that_moved = 0
         self.group_size, self.prompts_per_update = group_size, prompts_per_update

@@ -26,6 +26,7 @@ from agents.timing import timed
 class Trainable(Restorable):
     """An algorithm whose policy learns by gradient steps. `Agent` tells what the attributes are."""
 
+    weight_decay: float
     max_grad_norm: float
     temperature_lr: float | Schedule | None
     lr_factor: float
@@ -46,7 +47,7 @@ class Trainable(Restorable):
             [{"params": group} for group in self._groups()],
             lr=self.lr_schedule(1.0),
             betas=(0.9, 0.95),
-            weight_decay=0.0,
+            weight_decay=self.weight_decay,
         )
 
     def _groups(self) -> list[list[nn.Parameter]]:
@@ -103,7 +104,7 @@ class Trainable(Restorable):
         self.logger.record("train/n_updates", self.n_updates)
 
     def _set_learning_rates(self) -> None:
-        """Those of the optimiser's groups at this place of the run."""
+        """Those of the optimiser's groups at this place of the run, and their weight decay."""
         self._update_learning_rate(self.optimizer)
         if len(self.optimizer.param_groups) > 1:
             assert self.temperature_lr is not None
@@ -111,6 +112,7 @@ class Trainable(Restorable):
             self.optimizer.param_groups[1]["lr"] = rate
         for group in self.optimizer.param_groups:
             group["lr"] *= self.lr_factor
+            group["weight_decay"] = self.weight_decay  # a checkpoint's groups have that of their time
         self.logger.record("train/learning_rate", self.optimizer.param_groups[0]["lr"])
 
     def optimizer_step(self, loss: Tensor | None = None) -> float:

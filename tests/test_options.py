@@ -652,6 +652,7 @@ class TestRegisteredFunctions:
         ({"entropy_coef": -0.1}, "entropy_coef .* -0.1"),
         ({"entropy_coef": math.nan}, "entropy_coef .* nan"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0, got 0.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, got -0.1"),
         ({"temperature_lr": -1e-5}, "temperature_lr must be a finite number of at least 0, got -1e-05"),
         ({"temperature_lr": math.inf}, "temperature_lr .* got inf"),
         ({"temperature_lr": "slow"}, "temperature_lr .* got 'slow'"),

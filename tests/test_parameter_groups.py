@@ -73,6 +73,13 @@ class TestClip:
             torch.testing.assert_close(norm.item(), 0.1, rtol=1e-4, atol=0)
         assert agent.logger.name_to_value["train/temperature_grad_norm"] == pytest.approx(1e6 * math.sqrt(3))
 
+    def test_weight_decay_takes_its_share_off(self, parts):
+        first = weights_of(tiny_agent(parts).policy)
+        plain, decayed = (weights_of(self.step(parts, 0.0, weight_decay=decay)[0].policy) for decay in (0.0, 0.5))
+        for name, weight in first.items():
+            if name != "sharpness":  # its learning rate is 0
+                torch.testing.assert_close(decayed[name], plain[name] - 1e-3 * 0.5 * weight, rtol=1e-5, atol=1e-7)
+
     def test_a_gradient_that_is_not_finite_skips_the_step_of_both(self, parts):
         before = weights_of(tiny_agent(parts).policy)
         with pytest.warns(UserWarning, match="gradient norm of update 1 is nan"):

@@ -4,9 +4,10 @@ import pytest
 from test_comparable import comparison
 from test_examples import weights  # noqa: F401 (a fixture)
 
+from agents import Decoding
 from agents.common.schedules import WarmupCosine, WarmupLinear
 from agents.experiments import compare
-from agents.experiments.run_options import Preset, learning_rate_of
+from agents.experiments.run_options import Preset, learning_rate_of, sampler_of
 
 
 def rate_of(**changes):
@@ -40,6 +41,20 @@ def test_an_agent_gets_the_schedule_with_its_own_rate(weights):  # noqa: F811
     cell = found.cell("grpo", 0)
     assert found.agent(cell).unwrapped.learning_rate == WarmupLinear(1e-3, 0.0)
     assert found.asked(cell)["schedule"] == "linear"
+
+
+def test_the_papers_preset():
+    args = compare.parse(["--preset", "paper", "--images", "6400", "--suffix-samples", "4", "--agents", "grpo", "vmr"])
+    assert (args.settings.images, args.settings.group_size, args.settings.prompts_per_update) == (6400, 16, 16)
+    sampler = Decoding(top_k=2, top_p=0.9, guidance=5.0)
+    assert sampler_of(vars(args.settings)) == sampler_of(vars(args.settings), evaluating=True) == sampler
+    assert (args.method["split"], args.method["suffix_samples"], args.method["weight_decay"]) == ("quarter", 4, 0.05)
+
+
+@pytest.mark.parametrize("option", [("--top-p", "0"), ("--guidance", "-1"), ("--top-k", "-1")])
+def test_a_sampler_that_cannot_be(option):
+    with pytest.raises(SystemExit, match="must"):
+        compare.parse(list(option))
 
 
 def test_an_unknown_schedule_is_refused_by_the_command(capsys):

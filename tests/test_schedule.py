@@ -112,9 +112,18 @@ class TestMiddleStep:
         assert ScaleSchedule([(1, 1), (3, 5)], patch=8).middle_step("half") == 2  # the first with at least half
         assert ScaleSchedule([(2, 2)], patch=8).middle_step("half") == 1
 
+    def test_a_quarter_and_an_eighth(self):
+        assert [ScaleSchedule.nextflow(1024).middle_step(share) for share in ("quarter", "eighth")] == [12, 8]
+        room = ScaleSchedule([(side, side) for side in (1, 2, 3, 4, 6, 8, 12)], patch=8)
+        assert [room.middle_step(share) for share in ("half", "quarter", "eighth")] == [5, 3, 2]
+        raster = ScaleSchedule.raster((3, 3))
+        assert [raster.middle_step(share) for share in ("half", "quarter", "eighth")] == [5, 3, 2]
+
     @pytest.mark.parametrize("split", [0, -1, 5, 100, "m_100", "m_", "m32", "4", "32", 2.0, 64.0, None])
     def test_anything_else(self, split):
-        message = f"number of prefix grids, 1 to 4, .*one of half, m_16, m_32, m_48, m_64; got {split!r}"
+        message = (
+            f"number of prefix grids, 1 to 4, .*one of half, quarter, eighth, m_16, m_32, m_48, m_64; got {split!r}"
+        )
         with pytest.raises(ValueError, match=message):
             ScaleSchedule.nextflow(64).middle_step(split)
 

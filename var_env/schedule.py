@@ -12,6 +12,7 @@ from torch import Tensor
 NEXTFLOW_PATCH = 16  # px
 NEXTFLOW_SIDES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64)  # Table 6, its last row
 NEXTFLOW_RESOLUTIONS = (64, 128, 256, 512, 1024)  # px; each row of Table 6 is the beginning of the next one
+SHARES = {"half": 2, "quarter": 4, "eighth": 8}  # of the image's resolution, for `middle_step`
 
 
 @dataclass(frozen=True)
@@ -162,18 +163,19 @@ class ScaleSchedule:
         Args:
             split: a whole number from 1 to T is m itself, the number of grids in the prefix, and a larger one a
                 resolution for ``split``. ``"m_128"`` is the resolution in any case, as the paper writes it: in
-                the 1024-pixel schedule 16 is a number of grids, and ``"m_16"`` the first of them. ``"half"`` is the
-                first grid that shows at least half of the image's resolution, or half of a raster's tokens.
+                the 1024-pixel schedule 16 is a number of grids, and ``"m_16"`` the first of them. ``"half"``,
+                ``"quarter"`` and ``"eighth"`` are the first grid that shows at least this share of the image's
+                resolution, or that share of a raster's tokens.
 
         Raises:
             ValueError: neither; the message lists what the schedule has.
         """
         sizes = () if self.is_raster else tuple(max(grid) * self.patch for grid in self.grids)
         resolutions = {f"m_{size}": size for size in sizes}
-        if split == "half" and self.is_raster:
-            return (len(self) + 1) // 2
-        if split == "half":
-            return next(m for m, grid in enumerate(self.grids, 1) if 2 * max(grid) >= max(self.grids[-1]))
+        if split in SHARES and self.is_raster:
+            return -(-len(self) // SHARES[split])
+        if split in SHARES:
+            return next(m for m, grid in enumerate(self.grids, 1) if SHARES[split] * max(grid) >= max(self.grids[-1]))
         if isinstance(split, str) and split in resolutions:
             return self.split(resolutions[split])
         if isinstance(split, int) and 1 <= split <= len(self):
@@ -182,7 +184,7 @@ class ScaleSchedule:
             return self.split(split)
         raise ValueError(
             f"split must be the number of prefix grids, 1 to {len(self)}, or the prefix's resolution in pixels, "
-            f"one of half, {', '.join(resolutions)}; got {split!r}"
+            f"one of {', '.join([*SHARES, *resolutions])}; got {split!r}"
         )
 
     def split_grids(self, flat: Tensor) -> list[Tensor]:

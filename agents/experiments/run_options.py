@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agents.common.schedules import SCHEDULES, make_schedule
 from agents.experiments.agent_options import add_agent_options, agent_settings
@@ -20,6 +20,9 @@ from agents.experiments.options import (
     require_at_least_one,
 )
 from agents.experiments.tuned import COMMON
+
+if TYPE_CHECKING:
+    from agents.sampling import Decoding
 
 
 def option(default: Any, text: str, rare: bool = False, choices: tuple[str, ...] | None = None) -> Any:
@@ -40,17 +43,33 @@ class Preset:
     kl_coef: float = option(0.02, "weight of the KL to the base policy; 0 is without")
     temperature: float = option(1.0, "of the sampler while training")
     eval_temperature: float = option(1.0, "of the sampler in evaluations", rare=True)
+    top_k: int = option(0, "keep the k likeliest tokens, in training and evaluations; 0 keeps all", rare=True)
+    top_p: float = option(1.0, "keep the fewest tokens of this probability, in both", rare=True)
+    guidance: float = option(1.0, "classifier-free guidance, in both; 1 is off", rare=True)
     test_prompts: int = option(256, "held-out prompts of the table, from the test split", rare=True)
     val_prompts: int = option(64, "held-out prompts of the curves, from the val split", rare=True)
     eval_every: int = option(10, "updates between two evaluations while training", rare=True)
 
     def __post_init__(self) -> None:
         values = dataclasses.asdict(self)
-        require_at_least_one(**{name: value for name, value in values.items() if isinstance(value, int)})
+        counts = {name: value for name, value in values.items() if isinstance(value, int) and name != "top_k"}
+        require_at_least_one(**counts)
         learning_rate_of(values)  # refuses a schedule that makes no sense
         for name, value in values.items():
             if not isinstance(value, str) and not value >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
+
+
+def sampler_of(settings: Mapping[str, Any], evaluating: bool = False) -> Decoding:
+    """How images are drawn in training, or in evaluations, by the fields of `Preset`.
+
+    Raises:
+        ValueError: as in `Decoding`.
+    """
+    from agents.sampling import Decoding  # not above: it takes torch with it, and --help answers without
+
+    temperature = settings["eval_temperature" if evaluating else "temperature"]
+    return Decoding(temperature, settings["top_k"], settings["top_p"], settings["guidance"])
 
 
 def learning_rate_of(settings: Mapping[str, Any]) -> Any:
@@ -114,6 +133,8 @@ def finish(args: argparse.Namespace, preset: Preset) -> None:
     given = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(Preset)}
     args.given = {name: value for name, value in given.items() if value is not None}
     args.settings = dataclasses.replace(preset, **args.given)
+    for evaluating in (False, True):
+        sampler_of(vars(args.settings), evaluating)  # refuses what makes no sense
     args.tuned = getattr(args, "tuned", COMMON)
     require_at_least_one(save_every=args.save_every)
     check_ray(args)

@@ -30,7 +30,6 @@ from agents import (
     Agent,
     Checkpoints,
     ConflictProbe,
-    Decoding,
     MaskPropagation,
     StopAfter,
     Wrapper,
@@ -52,7 +51,7 @@ from agents.experiments.options import (
     clear_errors,
 )
 from agents.experiments.output import write_json
-from agents.experiments.run_options import Preset, learning_rate_of
+from agents.experiments.run_options import Preset, learning_rate_of, sampler_of
 from agents.experiments.tensorboard import record_hparams, write_layout
 from agents.logs import open_logger
 from agents.policies.base import Policy
@@ -88,7 +87,7 @@ class Comparison:
         )
         self.test = held_out_scenes(self.env.world, self.settings.test_prompts, SCENE_SEED, judged_on)
         self.val = held_out_scenes(self.env.world, self.settings.val_prompts, SCENE_SEED, "val")
-        self.decoding = Decoding(temperature=self.settings.eval_temperature)
+        self.decoding = sampler_of(vars(self.settings), evaluating=True)
         # All that defines the experiment, what was not given included: runs of one folder have it in common.
         self.config = dataclasses.asdict(self.settings) | {
             "base_weights": fingerprint(self.base),
@@ -183,7 +182,7 @@ class Comparison:
     def agent(self, cell: Cell) -> Agent | Wrapper:
         """A new agent on a copy of the base policy."""
         settings = dataclasses.asdict(self.settings) | cell.method
-        decoding = Decoding(temperature=settings["temperature"])
+        decoding = sampler_of(settings)
         available = recipes.options_in(cell.recipe).keys() | cell.method.keys() - {"temperature"}
         settings["learning_rate"] = learning_rate_of(settings)
         chosen = {name: value for name, value in settings.items() if name in available}
