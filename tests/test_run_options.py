@@ -37,9 +37,9 @@ def test_bad_input(changes, message):
 
 
 def test_an_agent_gets_the_schedule_with_its_own_rate(weights):  # noqa: F811
-    found = comparison(weights, "--agents", "grpo", "--schedule", "linear", "--learning-rate", "1e-3")
+    found = comparison(weights, "--agents", "grpo", "--learning-rate", "1e-3")
     cell = found.cell("grpo", 0)
-    assert found.agent(cell).unwrapped.learning_rate == WarmupLinear(1e-3, 0.0)
+    assert found.agent(cell).unwrapped.learning_rate == WarmupLinear(1e-3, 0.1)
     assert found.asked(cell)["schedule"] == "linear"
 
 

@@ -32,7 +32,7 @@ from agents.experiments.output import require_folder, table, write_json, write_r
 from agents.experiments.run_options import Preset, add_run_options, finish
 from agents.experiments.tuned import WORLD
 
-PRESET = Preset(test_prompts=192, val_prompts=8, eval_every=1000)  # no curves, and a verdict on validation prompts
+PRESET = Preset(images=2560, test_prompts=192, val_prompts=8, eval_every=1000)  # judged by the end, without curves
 LEARNING_RATE = (8e-5, 5e-4)  # log-uniform
 KL_COEF = (0.003, 0.05)  # log-uniform
 TEMPERATURE = (0.8, 1.0)  # uniform
