@@ -28,7 +28,7 @@ from agents.statistics import estimate
 
 PRESETS = {
     "quick": Preset(),
-    "full": Preset(images=12_800, test_prompts=512, val_prompts=128, eval_every=25),
+    "full": Preset(images=6400, test_prompts=512, val_prompts=128, eval_every=25),
 }
 SEEDS = {"quick": [0, 1, 2], "full": [0, 1, 2, 3, 4]}
 GOING_ON = """
