@@ -331,7 +331,7 @@ class Block(nn.Module):
         self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, text: Tensor, rows: Tensor | None, runs: Sequence[Run]) -> Tensor:
-        """Image tokens `(B, n, width)` that see each other, as `runs` say, and their prompt of the text `(U, P, width)`.
+        """Image tokens `(B, n, width)` that see each other as `runs` say, and their prompt of the text `(U, P, width)`.
 
         `rows` is of `distinct`.
         """
