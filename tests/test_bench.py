@@ -35,6 +35,12 @@ def test_numbers(weights, tmp_path):
     for name in ("cached sampling", "forward pass", "forward and backward pass"):
         rate = values[f"{name}, an image"] * values[f"{name}, images/s"] / 1000  # TFLOP/s
         assert values[f"{name}, share of the device's peak"] == pytest.approx(100 * rate / peak[0])
+    growth = {name for name in values if ", time a token, " in name}
+    assert growth == {
+        f"{work}, time a token, {tokens} against 130 tokens"
+        for work in ("update", "cached sampling")
+        for tokens in (274, 530, 910)
+    }
     assert written["machine"]["images"] == 4 and written["machine"]["device"] == "cpu"
 
 

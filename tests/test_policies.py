@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_policy
+from tiny import assert_same, tiny_policy
 
-from agents.policies import load_policy
+from agents.policies import load_policy, var_text
 from agents.policies.base import Policy
-from agents.policies.var_text import MAX_PLACE, START, VARTextPolicy, byte_features
+from agents.policies.var_text import MAX_PLACE, START, VARTextPolicy, byte_features, distinct
 from agents.testing import PolicyContract, cached_logits, random_grids
 from var_env import ScaleSchedule, Tokenizer
 from var_env.scenes import MAX_PROMPT_BYTES
@@ -150,3 +150,91 @@ class TestVARText:
         close(cached_logits(policy, policy.begin(cond), grids, EVERY), after)
         policy.set_temperature(0.8)
         assert policy.temperatures() == pytest.approx([0.8] * 3)
+
+
+class TestRuns:
+    """Attention in runs of scales, prompts once for each group: the same as one masked softmax over everything."""
+
+    @staticmethod
+    def naive(policy, cond, grids, steps):
+        """Gradients and log-probabilities with every prompt encoded for itself and all scores masked."""
+        tokens = policy.schedule.slices[steps[-1]].stop
+        scale = torch.tensor([t for t, n in enumerate(policy.schedule.sizes) for _ in range(n)])[:tokens]
+        own = policy.attention == "own_scale"
+        hidden = scale[:, None] != scale if own else scale[:, None] < scale
+
+        def attend(q, text, image, text_bias):
+            k, v = (torch.cat(pair, 2) for pair in zip(text, image, strict=True))
+            bias = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf).expand(len(q), 1, -1, -1)
+            scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+            scores = scores + torch.cat((text_bias.expand(-1, 1, tokens, -1), bias), 3)
+            return scores.softmax(-1).to(q.dtype) @ v
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(var_text, "distinct", lambda cond: (cond, None))
+            patch.setattr(var_text, "attend_in_runs", attend)
+            patch.setattr(policy, "_runs", lambda text_bias, tokens: text_bias)
+            return TestRuns.learn(policy, cond, grids, steps)
+
+    @staticmethod
+    def learn(policy, cond, grids, steps):
+        policy.zero_grad()
+        logp, entropy = policy.evaluate(cond, grids, steps)
+        weight = torch.randn(logp.shape, generator=torch.Generator().manual_seed(0))
+        ((logp + 0.1 * entropy) * weight).sum().backward()
+        found = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+        return found | {"logp": logp.detach()}
+
+    @pytest.mark.parametrize(
+        ("grids", "steps", "options"),
+        [
+            (((1, 1), (2, 2), (4, 4)), range(3), {}),
+            (((1, 1), (2, 2), (4, 4), (8, 8)), range(4), {}),
+            (((1, 1), (2, 3), (4, 6), (8, 8), (8, 10), (10, 10)), range(6), {}),
+            (((1, 1), (2, 3), (4, 6), (8, 8), (8, 10), (10, 10)), range(6), {"attention": "own_scale"}),
+            (((1, 1), (2, 2), (8, 8), (10, 10)), range(3), {}),
+            (((1, 1), (2, 2), (8, 8), (10, 10)), range(2, 4), {}),
+            (((1, 1), (2, 2), (8, 8), (10, 10)), range(1, 3), {"attention": "own_scale"}),
+            (((1, 1), (2, 2), (8, 8), (10, 10)), range(4), {"gradient_checkpointing": True}),
+            ("raster", range(144), {}),
+            ("raster", range(100), {}),
+        ],
+    )
+    def test_same_gradients_as_masked_attention(self, grids, steps, options):
+        tokenizer = RasterTokenizer(small_tokenizer(((12, 12),))) if grids == "raster" else small_tokenizer(grids)
+        policy = tiny_policy(tokenizer, **options)
+        cond = policy.encode_prompts([PROMPTS[i] for i in (1, 0, 0, 1, 0)])  # of unequal lengths and in no order
+        given = random_grids(tokenizer, 5)
+        expected = self.naive(policy, cond, given, steps)
+        assert_same(self.learn(policy, cond, given, steps), expected, atol=1e-4, rtol=1e-4)
+
+    def test_bf16_rounds_no_more_than_masked_attention(self):
+        tokenizer = small_tokenizer(((1, 1), (2, 2), (8, 8), (10, 10)))
+        policy = tiny_policy(tokenizer)
+        cond, given = policy.encode_prompts([PROMPTS[0]] * 4 + [PROMPTS[1]] * 4), random_grids(tokenizer, 8)
+        exact = self.learn(policy, cond, given, range(4))
+        policy.precision = "bf16"
+        errors = [
+            sum(((found[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact)
+            for found in (self.learn(policy, cond, given, range(4)), self.naive(policy, cond, given, range(4)))
+        ]
+        assert 0 < errors[0] < 1.5 * errors[1]
+
+    def test_a_run_sees_no_scale_in_vain(self):
+        policy = tiny_policy(small_tokenizer(((1, 1), (2, 2), (8, 8), (10, 10))))
+        runs = policy._runs(torch.zeros(2, 1, 1, 7), 169)
+        assert [(run.queries, run.seen) for run in runs] == [
+            (slice(0, 69), slice(0, 69)),
+            (slice(69, 169), slice(0, 169)),
+        ]
+        assert [tuple(run.bias.shape) for run in runs] == [(2, 1, 69, 76), (2, 1, 1, 176)]
+        assert not runs[1].bias.any()
+
+    def test_equal_prompts_are_encoded_once(self):
+        policy = tiny_policy(small_tokenizer())
+        cond = policy.encode_prompts([PROMPTS[i] for i in (1, 0, 1)])
+        prompts, rows = distinct(cond)
+        assert len(prompts.bytes) == 2
+        for part, unique in zip(cond, prompts, strict=True):
+            assert torch.equal(part, unique[rows.argmax(1)])
+        assert distinct(policy.take(cond, torch.arange(2)))[1] is None

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -29,15 +30,17 @@ from agents.experiments.loading import load_policy, make_env
 from agents.experiments.options import clear_errors
 from agents.experiments.output import table, write_json
 from agents.policies.base import Policy
+from agents.policies.var_text import VARTextPolicy
 from agents.rollout import collect, collect_in_parts, resized
 from agents.sampling import draw
 from rewards import HasWords, OCRReward, Reward, RewardOutput
 from rewards.serving.pool import RewardPool
 from rewards.text_metrics import word_accuracy
-from var_env import VARTextVectorEnv
+from var_env import ScaleSchedule, Tokenizer, VARTextVectorEnv
 from var_env.scenes import render
 
 CPU = torch.device("cpu")
+GROWTH = ((1, 2, 3, 4, 6, 8), (1, 2, 3, 4, 6, 8, 12), (1, 2, 3, 4, 6, 8, 12, 16), (1, 3, 6, 8, 12, 16, 20))  # sides
 PHASES = ("sampling", "decode", "reward", "update")
 AgentT = TypeVar("AgentT", bound=GRPO)
 
@@ -310,25 +313,55 @@ class Bench:
             grids.append(draw(logits, None, Decoding(), generator).tokens)
         return grids
 
+    # Growth ----------------------------------------------------------------------------------------------------------
+
+    def growth(self) -> list[Measured]:
+        """The time a token takes in an update and in sampling, as the tokens of an image grow."""
+        if not (isinstance(self.policy, VARTextPolicy) and isinstance(self.policy.tokenizer, Tokenizer)):
+            return []
+        prompts = [scene.prompt for scene in self.scenes[:2]]
+        config = {name: value for name, value in self.policy.tokenizer.config.items() if name not in ("grids", "patch")}
+        works: dict[int, tuple[Callable[[], Any], ...]] = {}
+        for sides in GROWTH:
+            schedule = ScaleSchedule([(side, side) for side in sides], patch=8)
+            tokenizer = Tokenizer(schedule, **config).eval().requires_grad_(False).to(self.policy.device)
+            policy = VARTextPolicy(tokenizer, **self.policy.config).eval().to(self.policy.device)
+            grids = self.sample(policy, prompts, True)
+            works[schedule.total_tokens] = (
+                partial(self.learn, policy, prompts, grids),
+                partial(self.sample, policy, prompts, True),
+            )
+        seen: dict[int, list[list[float]]] = {tokens: [] for tokens in works}
+        for _ in tqdm(range(self.repeats + 1), "growth", leave=False):
+            for tokens, pair in works.items():  # in turns, so that a busy moment meets all
+                seen[tokens].append([self.clock(work) / tokens for work in pair])
+        first, *rest = (np.median(times[1:], axis=0) for times in seen.values())  # (2,)
+        return [
+            Measured(f"{name}, time a token, {tokens} against {min(works)} tokens", times[i] / first[i], "x")
+            for i, name in enumerate(("update", "cached sampling"))
+            for tokens, times in zip(list(works)[1:], rest, strict=True)
+        ]
+
+    def learn(self, policy: Policy, prompts: list[str], grids: list[Tensor]) -> None:
+        """A teacher-forced forward and backward pass of a group for each prompt."""
+        self.log_probs(policy, prompts, grids).mean().backward()
+        policy.zero_grad()
+
+    def log_probs(self, policy: Policy, prompts: list[str], grids: list[Tensor]) -> Tensor:
+        """Those of the grids of a group for each prompt, ``(B, n, D)``."""
+        index = torch.arange(len(prompts), device=policy.device).repeat_interleave(self.group_size)
+        cond = policy.take(policy.encode_prompts(prompts), index)
+        return policy.evaluate(cond, grids, range(len(policy.schedule)))[0]
+
     # The device ------------------------------------------------------------------------------------------------------
 
     def utilisation(self) -> list[Measured]:
         prompts = [scene.prompt for scene in self.scenes[: self.images // self.group_size]]
-        index = torch.arange(len(prompts), device=self.policy.device).repeat_interleave(self.group_size)
-        grids, steps = self.sample(self.policy, prompts, True), range(len(self.policy.schedule))
-
-        def forward() -> Tensor:
-            cond = self.policy.take(self.policy.encode_prompts(prompts), index)
-            return self.policy.evaluate(cond, grids, steps)[0]
-
-        def learn() -> None:
-            forward().mean().backward()
-            self.policy.zero_grad()
-
+        grids = self.sample(self.policy, prompts, True)
         works: dict[str, Callable[[], Any]] = {
             "cached sampling": lambda: self.sample(self.policy, prompts, True),
-            "forward pass": torch.no_grad()(forward),
-            "forward and backward pass": learn,
+            "forward pass": lambda: torch.no_grad()(self.log_probs)(self.policy, prompts, grids),
+            "forward and backward pass": lambda: self.learn(self.policy, prompts, grids),
         }
         with Formats() as formats:
             works["forward pass"]()
@@ -414,6 +447,7 @@ def run(args: argparse.Namespace) -> int:
         *bench.ocr(),
         *bench.overlap(),
         *bench.cache(),
+        *bench.growth(),
         *bench.utilisation(),
     ]
     machine = {

@@ -215,16 +215,18 @@ class VARTextPolicy(Policy):
     def _hidden(self, cond: Cond, features: Tensor, steps: range) -> Tensor:
         """`hidden` from the canvas features of all scales up to the last step, `(B, n, C)`."""
         first, last = self.schedule.slices[steps[0]].start, self.schedule.slices[steps[-1]].stop
+        prompts, rows = distinct(cond)
         with self.autocast():
-            text, text_bias = self.text(cond)
-            bias = self._scale_bias(last)  # (n, n)
+            text, text_bias = self.text(prompts)  # (U, P, width), (U, 1, 1, P)
+            text_bias = text_bias if rows is None else text_bias[rows.argmax(1)]  # (B, 1, 1, P)
             x = self.embed_features(features)  # (B, n, width)
             x = x + self.position[:last].to(x.dtype)
+            runs = self._runs(text_bias.to(x.dtype), last)
             for block in self.blocks:
                 if self.gradient_checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, text, text_bias, bias, use_reentrant=False)
+                    x = checkpoint(block, x, text, rows, runs, use_reentrant=False)
                 else:
-                    x = block(x, text, text_bias, bias)
+                    x = block(x, text, rows, runs)
             return self.norm(x[:, first:])
 
     def recompute_activations(self) -> None:
@@ -251,12 +253,31 @@ class VARTextPolicy(Policy):
         size = self.tokenizer.image_size
         return World(size) if size >= 2 * CELL_HEIGHT and size % LATTICE == 0 else None
 
-    def _scale_bias(self, tokens: int) -> Tensor:
-        """0 where a token may look and -inf where not, `(tokens, tokens)`."""
-        sizes = torch.tensor(self.schedule.sizes, device=self.device)
-        scale = torch.repeat_interleave(torch.arange(len(sizes), device=self.device), sizes)[:tokens]
-        hidden = scale[:, None] != scale if self.attention == "own_scale" else scale[:, None] < scale
-        return torch.zeros(tokens, tokens, device=self.device).masked_fill(hidden, -torch.inf)
+    def _runs(self, text_bias: Tensor, tokens: int) -> list[Run]:
+        """The first image tokens in runs that attend together: one on a GPU, on a CPU a few, so that little is masked.
+
+        Args:
+            text_bias: 0 where a byte is and -inf where padding is, ``(B, 1, 1, P)``, in the dtype of the queries.
+            tokens: how many, all those of some first scales.
+        """
+        least = tokens if text_bias.is_cuda else max(64, tokens / 4)  # more runs cost more than they save
+        sizes = torch.tensor(self.schedule.sizes, device=text_bias.device)
+        scale = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)[:tokens]
+        runs, start = [], 0
+        for part in self.schedule.slices:
+            if part.stop > tokens or (part.stop - start < least and part.stop != tokens):
+                continue
+            seen = slice(start if self.attention == "own_scale" else 0, part.stop)
+            here, there = scale[start : part.stop, None], scale[seen]
+            hidden = here != there if self.attention == "own_scale" else here < there  # (r, s)
+            if part.start == start and not text_bias.is_cuda:
+                hidden = hidden[:1]  # one scale, whose tokens all see the same
+            bias = text_bias.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            spread = (len(text_bias), 1, len(bias), -1)
+            bias = torch.cat((text_bias.expand(spread), bias.expand(spread)), 3)  # (B, 1, r or 1, P + s)
+            runs.append(Run(slice(start, part.stop), seen, bias))
+            start = part.stop
+        return runs
 
     # Files -------------------------------------------------------------------------------------------------------
 
@@ -309,18 +330,24 @@ class Block(nn.Module):
         self.attention_out = nn.Linear(width, width, bias=False)
         self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, text: Tensor, text_bias: Tensor, bias: Tensor) -> Tensor:
-        """Image tokens `(B, n, width)` that see the text `(B, P, width)` and, as `bias` `(n, n)` says, each other."""
+    def forward(self, x: Tensor, text: Tensor, rows: Tensor | None, runs: Sequence[Run]) -> Tensor:
+        """Image tokens `(B, n, width)` that see each other as `runs` say, and their prompt of the text `(U, P, width)`.
+
+        `rows` is of `distinct`.
+        """
         q, k, v = self.queries_keys_values(x)
-        text_k, text_v = self.text_keys_values(text)
-        return self.finish(x, attend(q, (text_k, text_v, text_bias), (k, v, bias)))
+        text_k, text_v = self.text_keys_values(text, rows)
+        return self.finish(x, attend_in_runs(q, (text_k, text_v), (k, v), runs))
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
         return self._split(self.qkv(self.norm1(x)), 3)
 
-    def text_keys_values(self, text: Tensor) -> tuple[Tensor, ...]:
+    def text_keys_values(self, text: Tensor, rows: Tensor | None = None) -> tuple[Tensor, ...]:
         assert self.text_kv is not None
-        return self._split(self.text_kv(text), 2)
+        pairs = self.text_kv(text)  # (U, P, 2 * width)
+        if rows is not None:  # a product, whose gradient sums over a group in fp32 and in the same order each time
+            pairs = (rows.to(pairs.dtype) @ pairs.flatten(1)).unflatten(1, pairs.shape[1:])  # (B, P, 2 * width)
+        return self._split(pairs, 2)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
@@ -351,6 +378,37 @@ def attend(q: Tensor, *memories: Memory) -> Tensor:
     ]
     weights = torch.cat(scores, -1).softmax(-1).to(q.dtype).split([k.shape[2] for k, _, _ in memories], -1)
     return functools.reduce(torch.add, (w @ v for w, (_, v, _) in zip(weights, memories, strict=True)))
+
+
+class Run(NamedTuple):
+    """Image tokens that attend together."""
+
+    queries: slice
+    seen: slice  # the image tokens that any of them sees
+    bias: Tensor  # (B, 1, r or 1, P + s) for the prompt and the s seen: 0 where a query may look and -inf where not
+
+
+def attend_in_runs(q: Tensor, text: tuple[Tensor, Tensor], image: tuple[Tensor, Tensor], runs: Sequence[Run]) -> Tensor:
+    """Attention of all image tokens `(B, A, n, E)` to text and image, both keys and values `(B, A, m, E)`."""
+    attended = []
+    for queries, seen, bias in runs:
+        here = q[:, :, queries]
+        k, v = (torch.cat((of_text, of_image[:, :, seen]), 2) for of_text, of_image in zip(text, image, strict=True))
+        if q.is_cuda or q.dtype != torch.bfloat16:
+            attended.append(F.scaled_dot_product_attention(here, k, v, attn_mask=bias))
+        else:  # by hand: the CPU's fused kernel is slow in its backward pass in bf16
+            with torch.autocast("cpu", enabled=False):  # would make all weights fp32
+                weights = ((here * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias).softmax(-1)
+                attended.append(weights @ v)
+    return torch.cat(attended, 2)
+
+
+def distinct(cond: Cond) -> tuple[Cond, Tensor | None]:
+    """The U different prompts of B, and the prompt of each row as a one-hot matrix `(B, U)`; ``None`` if all differ."""
+    prompts, index = torch.unique(torch.cat(cond, 1), dim=0, return_inverse=True)  # (U, 3 * P), (B,)
+    if len(prompts) == len(index):
+        return cond, None
+    return Cond(*prompts.chunk(3, 1)), F.one_hot(index, len(prompts))
 
 
 @functools.lru_cache(maxsize=4096)
