@@ -80,6 +80,7 @@ class Rollout:
     reads: bool  # whether the reward looked for words; if not, nobody did
     regions: list[np.ndarray]  # B * K of (number found, 4), xyxy in pixels
     seconds: dict[str, float]  # "sampling", "reward", "decode", the rest of the environment, and "ahead" with a pool
+    confidences: list[list[float]] = field(default_factory=list)  # B * K, one in [0, 1] for each of words_read
     components: list[list[Component]] = field(default_factory=list)  # B * K, each empty where the reward gives none
     advantages: Tensor | None = None  # (B,) or (B, n), once an algorithm has judged the rows
     forks: Forks = ()  # where the images of a prompt parted, see `collect`
@@ -91,6 +92,7 @@ class Rollout:
     version: int | None = None  # of the policy's weights that these are of, see `weights_version`
 
     def __post_init__(self) -> None:
+        self.confidences = self.confidences or [[]] * len(self.images)
         self.components = self.components or [[]] * len(self.images)
 
     @property
@@ -170,6 +172,7 @@ class Rollout:
             images=self.images[images],
             words_read=[self.words_read[image] for image in images],
             regions=[self.regions[image] for image in images],
+            confidences=[self.confidences[image] for image in images],
             components=[self.components[image] for image in images],
             advantages=None if self.advantages is None else self.advantages[on_device],
             **{name: values[on_device] for name, values in self.before_update().items()},
@@ -193,6 +196,7 @@ class Rollout:
             images=np.concatenate([rollout.images for rollout in rollouts]),
             words_read=[words for rollout in rollouts for words in rollout.words_read],
             regions=[boxes for rollout in rollouts for boxes in rollout.regions],
+            confidences=[found for rollout in rollouts for found in rollout.confidences],
             components=[found for rollout in rollouts for found in rollout.components],
             seconds={name: sum(rollout.seconds[name] for rollout in rollouts) for name in first.seconds},
             advantages=None,
@@ -211,6 +215,7 @@ class Rollout:
             words_read=found.words,
             reads=found.reads_words,
             regions=found.regions,
+            confidences=found.confidences,
             components=found.components,
         )
 

@@ -66,7 +66,7 @@ def load(name):
 FOLDERS = ["compare", "ablate", "tune", "train", "evaluate", "pretrain"]
 FOLDERS += ["memory", "theory", "soak_service", "soak_training", "own_model"]
 OUTPUTS = ("--out", "--png", "--gif", "--json")
-QUESTIONS = ["raster", "split", "suffix_samples", "tree"]
+QUESTIONS = ["hindsight", "raster", "split", "suffix_samples", "tree"]
 
 
 @pytest.mark.parametrize("name", [*FOLDERS, *QUESTIONS])

@@ -53,7 +53,7 @@ def is_drawn(path):
     return np.asarray(Image.open(path).convert("L")).std() > 10
 
 
-@pytest.mark.parametrize("name", ["raster", "suffix_samples", "split", "tree"])
+@pytest.mark.parametrize("name", ["hindsight", "raster", "suffix_samples", "split", "tree"])
 def test_help_teaches(name, script, capsys):
     with pytest.raises(SystemExit) as end:
         script(name).main(["--help"])
@@ -166,6 +166,46 @@ class TestTree:
         assert list(apart["by_seed"]) == ["0", "1"] and apart["error"] == 0  # random images are all unreadable
         *_, last = rows_of("\n" + told.out.rpartition("| Arm")[1] + told.out.rpartition("| Arm")[2] + "\n\n", "")
         assert last[:2] == ["tree", "0, 1"] and last[-1] == "0.000"
+
+
+class TestHindsight:
+    def test_arms(self, weights, script):
+        module = script("hindsight")
+        args = module.parse("", "hindsight", [*weights, *COMPARE, "--hindsight-coef", "0.2"], ["hindsight"])
+        comparison = module.Comparison(args)
+        cells = script("question").plan_of(comparison, module.ARMS, [3])
+        assert [cell.label for cell in cells] == ["grpo", "hindsight-letters", "hindsight-all"]
+        made = [comparison.agent(cell) for cell in cells]
+        assert [type(agent).__name__ for agent in made] == ["GRPO", "Hindsight", "Hindsight"]
+        assert [(agent.hindsight_coef, agent.hindsight_tokens) for agent in made[1:]] == [
+            (0.2, "letters"),
+            (0.2, "all"),
+        ]
+
+    def test_trains_and_reports(self, weights, script, tmp_path, capsys):
+        options = [*weights, *COMPARE, "--images", "8", "--seeds", "0", "--out", str(tmp_path)]
+        assert script("hindsight").main(options) == 0
+        arms = ["grpo", "hindsight-letters", "hindsight-all"]
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert [run["agent"] for run in results["runs"]] == arms and results["reference"] == "grpo"
+        assert all(run["budget"]["images"] == 8 for run in results["runs"])
+        nothing = {"images": 0.0, "share": 0.0, "tokens": 0.0}  # random images are all unreadable
+        assert results["relabelled"] == dict.fromkeys(arms[1:], nothing)
+        rows = rows_of((tmp_path / "results.md").read_text(), "## Images relabelled")
+        assert rows[1:] == [[arm, "0.0", "0.0%", "0%"] for arm in arms[1:]]
+        printed = capsys.readouterr().out
+        assert all(f"| {arm} " in printed for arm in arms) and is_drawn(tmp_path / "curves.png")
+
+    def test_how_many_were_relabelled(self, script, tmp_path):
+        for seed, counts in enumerate(([4, 8], [0, 2])):
+            folder = tmp_path / "hindsight-all" / f"seed{seed}"
+            folder.mkdir(parents=True)
+            lines = [f"{64 * i},{count},{count / 64},{1.0 if count else ''}" for i, count in enumerate(counts)]
+            header = "budget/images,hindsight/images,hindsight/share,hindsight/tokens"
+            (folder / "progress.csv").write_text("\n".join([header, *lines]) + "\n")
+        runs = [{"agent": arm, "seed": seed} for arm in ("grpo", "hindsight-all") for seed in (0, 1)]
+        found = script("hindsight").relabelled(SimpleNamespace(out=tmp_path), runs)
+        assert found == {"hindsight-all": {"images": 3.5, "share": 3.5 / 64, "tokens": 1.0}}
 
 
 class Patches(Reward):

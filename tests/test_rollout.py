@@ -179,6 +179,8 @@ class TestCollect:
         first, second = (collect(policy, tiny_envs(parts), 2, Decoding(), seeded(), seed=seed) for seed in (1, 2))
         both = type(first).concatenate(policy, [first, second])
         assert both.components == first.components + second.components  # the same objects
+        assert both.confidences == first.confidences + second.confidences == [[0.5]] * 8
+        assert both.rows(policy, torch.tensor([[2], [7]])).confidences == [[0.5]] * 2
 
     def test_a_reward_without_components_gives_empty_lists(self, policy, parts):
         rollout = collect(policy, tiny_envs(parts), 2, Decoding(), seeded())
