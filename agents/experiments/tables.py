@@ -106,10 +106,16 @@ def summarise(base: Result, runs: Sequence[Result]) -> dict[str, Any]:
                 entry["better_than_first"] = probability_of_improvement(scores, other, strata=strata)
             found[agent][metric] = entry
         found[agent]["iqm"] = estimate(scores_of(of, "reward"), iqm, strata=strata)
-        if all(run.get("beside") for run in (base, *of)):
-            records = [plain([run["beside"] for run in group]) for group in ([base], of)]
-            found[agent]["repaired"] = repaired(*records, strata=strata)
+        found[agent] |= repair(base, of)
     return found
+
+
+def repair(base: Result, runs: Sequence[Result]) -> dict[str, Any]:
+    """``repaired``, the share of each family of planted faults that an agent has repaired; empty if not measured."""
+    if not all(run.get("beside") for run in (base, *runs)):
+        return {}
+    records = [plain([run["beside"] for run in group]) for group in ([base], runs)]
+    return {"repaired": repaired(*records, strata=strata_of(base))}
 
 
 def plain(records: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:

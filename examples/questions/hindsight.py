@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparison = Comparison(args)
 
     def write(base: Result, runs: list[Result]) -> str:
-        repaired = tables.repair_table(tables.summarise(base, runs))
+        repaired = tables.repair_table({arm: tables.repair(base, of) for arm, of in tables.by_agent(runs).items()})
         found = relabelled(comparison, runs)
         sections = ["## Planted faults repaired", repaired] if repaired else []
         sections += ["## Images relabelled", relabelled_table(found)] if found else []
