@@ -197,9 +197,9 @@ class Hindsight(GRPO):
         rows = torch.tensor(list(found))
         place = torch.full((len(rollout.scenes),), -1)
         place[rows] = torch.arange(len(rows))
-        under_asked = {"old_logp": None, "old_soft": None, "ref_logp": None}
-        shown = replace(replace(rollout, **under_asked).rows(self.policy, rows[None]), scenes=scenes)
-        shown = replace(shown, cond=self.policy.encode_prompts([scene.prompt for scene in scenes]))
+        cond = self.policy.encode_prompts([scene.prompt for scene in scenes])
+        bare = replace(rollout, old_logp=None, old_soft=None, ref_logp=None)  # which are under the prompts asked
+        shown = replace(bare.rows(self.policy, rows[None]), scenes=scenes, cond=cond)
         old = self.in_micro_batches(lambda some: self.log_probs(self.policy, shown, some, steps).compared, shown)
         return Relabelled(shown, place.to(self.device), torch.stack(masks).to(self.device), old)
 
