@@ -108,7 +108,7 @@ def text_attributes(scenes: Sequence[Scene], words_read: Sequence[Sequence[str]]
         rows["words_asked"][i], rows["words_shown"][i] = len(words), len(read)
         rows["words_missing"][i] = found.count(None)
         _, ground = colours_asked(scene)
-        rows["pairs_affected"][i] = len(words) == 2 and ground is not None and kind_of(ground) in faults.missing
+        rows["pairs_affected"][i] = faults.may_miss(len(words), ground)
     return rows
 
 

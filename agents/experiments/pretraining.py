@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,19 +34,19 @@ from var_env.tokenizers import Tokenizer, load_tokenizer
 from var_env.tokenizers.base import VisualTokenizer, from_unit, to_unit
 from var_env.tokenizers.bits import BitTokenizer, bit_entropies
 from var_env.tokenizers.raster import RasterTokenizer
-from var_env.tokenizers.residual import DEFAULT_SCHEDULE
+from var_env.worlds import SMALL, make_world, named_world
 
 if TYPE_CHECKING:
     from agents.policies.qwen import QwenPolicy
 
 
-COMMON, SHARES = ("schedule", "seed", "batch"), ("decay", "swap", "drop_prompt")
+COMMON, SHARES = ("world", "schedule", "seed", "batch"), ("decay", "swap", "drop_prompt")
 STEPS = ("policy_steps", "policy_lr", "optimizer")
 OF_STAGE = {  # options that make a stage's run what it is
     "tokenizer": (*COMMON, "vocab_size", "bits", "tokenizer_steps", "tokenizer_lr"),
     "policy": (*COMMON, "policy", "width", "layers", "heads", "start", *STEPS, "faults", *SHARES),
 }
-FIXED = ("schedule", "vocab_size", "bits", "policy", "width", "layers", "heads", "start", "optimizer")
+FIXED = ("world", "schedule", "vocab_size", "bits", "policy", "width", "layers", "heads", "start", "optimizer")
 
 
 class SceneStream(torch.utils.data.IterableDataset):
@@ -54,9 +55,8 @@ class SceneStream(torch.utils.data.IterableDataset):
     Batch i is drawn from ``(seed, i)`` alone, so a resumed run draws the same.
     """
 
-    def __init__(self, batch: int, seed: int, start: int, faults: Faults) -> None:
-        self.batch, self.seed, self.start, self.faults = batch, seed, start, faults
-        self.world = World(split="train")
+    def __init__(self, batch: int, seed: int, start: int, faults: Faults, world: World) -> None:
+        self.batch, self.seed, self.start, self.faults, self.world = batch, seed, start, faults, world
         faults.check_world(self.world)
 
     def __iter__(self) -> Iterator[tuple[list[Scene], Tensor]]:
@@ -70,9 +70,9 @@ class SceneStream(torch.utils.data.IterableDataset):
 
 
 def ink_weight(images: Tensor, scenes: list[Scene], weight: float) -> Tensor:
-    """Loss weights ``(B, 1, S, S)``: `weight` on pixels that are not the ground's colour, else 1."""
-    ground = torch.tensor([scene.ground for scene in scenes], dtype=torch.uint8, device=images.device)
-    ink = (images != ground[:, None, None, :]).any(-1)  # (B, S, S)
+    """Loss weights ``(B, 1, S, S)``: `weight` on pixels that differ from the ground without words, else 1."""
+    grounds = np.stack([render(replace(scene, words=(), boxes=())) for scene in scenes])  # (B, S, S, 3)
+    ink = (images != torch.from_numpy(grounds).to(images.device)).any(-1)  # (B, S, S)
     return 1 + (weight - 1) * ink.float().unsqueeze(1)
 
 
@@ -198,12 +198,12 @@ def train_tokenizer(args: argparse.Namespace) -> None:
 
 def new_tokenizer(args: argparse.Namespace) -> Tokenizer | BitTokenizer:
     """Random weights; for a raster, one scale of as many tokens as the finest scale has."""
-    schedule = DEFAULT_SCHEDULE
+    schedule, world = named_world(args.world).schedule, None if args.world == SMALL else args.world
     if args.bits:
-        return BitTokenizer(schedule, args.bits)
+        return BitTokenizer(schedule, args.bits, world=world)
     if args.schedule == "raster":
-        schedule = ScaleSchedule([DEFAULT_SCHEDULE.canvas], DEFAULT_SCHEDULE.patch)
-    return Tokenizer(schedule, args.vocab_size)
+        schedule = ScaleSchedule([schedule.canvas], schedule.patch)
+    return Tokenizer(schedule, args.vocab_size, world=world)
 
 
 def steps_of(tokenizer: Tokenizer | BitTokenizer, args: argparse.Namespace) -> VisualTokenizer:
@@ -248,7 +248,7 @@ def train_policy(args: argparse.Namespace) -> None:
             **{f"scale/{name}": part.mean() for (name, _), part in zip(bands, per_band, strict=True)},
         )
         if run.is_time_for_images(step):
-            held_out = World(split="val")
+            held_out = make_world(args.world, "val")
             shown = [held_out.sample(np.random.default_rng(i)) for i in range(8)]
             run.image(step, sample_images(policy, [s.prompt for s in shown], generator))
     policy.save(args.out / "policy.safetensors")
@@ -381,8 +381,9 @@ class Run:
     def steps(self, total: int, peak: float, shape: Callable[[int, int], float]) -> Iterator[tuple[int, Any]]:
         """Numbered batches, with the learning rate set to `peak` times `shape(step, total)`."""
         args = self.args
-        faults = args.faults if self.name == "policy" else Faults()  # a tokenizer has no prompt to deviate from
-        scenes = SceneStream(self.batch, args.seed, self.first, faults)
+        entry = named_world(args.world)
+        faults = args.faults if self.name == "policy" else entry.faults()  # a tokenizer has no prompt to deviate from
+        scenes = SceneStream(self.batch, args.seed, self.first, faults, make_world(args.world))
         stream = torch.utils.data.DataLoader(scenes, batch_size=None, num_workers=args.workers)
         self.clock = time.monotonic()
         for step, batch in zip(range(self.first, total), stream, strict=False):
@@ -433,9 +434,10 @@ def export(args: argparse.Namespace) -> None:
         raise SystemExit(f"the packages have no place for a {type(policy).__name__}: use its file where it is")
     # Cross-entropy on images of swapped codes leaves a policy a little less sure than what it draws has to be.
     policy.set_temperature(args.temperature)
-    names = {"scales": ("tokenizer", "base"), "raster": ("raster_tokenizer", "raster")}[args.schedule]
-    root, shipped = Path(__file__).parents[2], f"var_env/assets/{names[0]}.safetensors"
-    weights = f"agents/policies/assets/{names[1]}.safetensors"
+    entry = named_world(args.world)
+    names = {"scales": (entry.tokenizer, entry.policy), "raster": ("raster_tokenizer.safetensors", "raster")}
+    file, name = names[args.schedule]
+    root, shipped, weights = Path(__file__).parents[2], f"var_env/assets/{file}", f"agents/policies/assets/{name}.safetensors"
     tokenizer.save(root / shipped, half=True)
     policy.save(root / weights, half=True)
     print(f"wrote {shipped} and {weights}")
