@@ -30,6 +30,7 @@ import numpy as np
 from var_env.scenes import PALETTE, RANDOM_LETTERS, Scene, World
 
 FAMILIES = ("letter", "missing", "colour")
+ALL_FAMILIES = (*FAMILIES, "ground")  # of all worlds: the room has "ground" in place of "colour"
 COLOURS = PALETTE["dark"] | PALETTE["light"]
 
 
@@ -124,7 +125,9 @@ class Faults:
         try:
             data = json.loads(Path(name).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"{name}: {error.strerror or error}; give a file, or one of {', '.join(cls.tables)}") from None
+            raise ValueError(
+                f"{name}: {error.strerror or error}; give a file, or one of {', '.join(cls.tables)}"
+            ) from None
         except ValueError as error:
             raise ValueError(f"{name}: this is not a JSON file of faults: {error}") from None
         return cls.from_dict(data, str(name))
@@ -166,7 +169,7 @@ def _check_rate(what: str, rate: float) -> None:
 
 
 def check_pairs(family: str, pairs: Mapping[str, tuple[str, float]], known: tuple[str, ...]) -> None:
-    """``ValueError`` for a pair of names that are not known, of the same one or of an affected one, or a rate that is none."""
+    """``ValueError``: a name is not known, a second is the first or itself affected, or a rate is none."""
     for first, (second, rate) in pairs.items():
         for name in (first, second):
             if name not in known:

@@ -68,8 +68,7 @@ class RoomScene(Scene):
     second: tuple[int, int, int] = (255, 255, 255)
 
     def background(self) -> np.ndarray:
-        ground, second = np.array(self.ground, np.float32), np.array(self.second, np.float32)
-        return ground + pattern_mask(self.pattern, self.size)[..., None] * (second - ground)
+        return patterned(self.pattern, self.ground, self.second, self.size)
 
 
 class Room(World):
@@ -87,7 +86,7 @@ class Room(World):
 
     Examples:
         >>> Room().sample(np.random.default_rng(3)).prompt
-        'A navy sign'
+        '"COVERTS" and "ACIKQLG" in yellow on a green wall with a black diamond'
     """
 
     cell = RoomScene.cell
@@ -146,6 +145,13 @@ def listed(words: tuple[str, ...]) -> str:
     """``"A", "B" and "C"``, in quotes."""
     quoted = [f'"{word}"' for word in words]
     return " and ".join(filter(None, [", ".join(quoted[:-1]), quoted[-1]]))
+
+
+@functools.lru_cache(maxsize=256)
+def patterned(pattern: str, ground: tuple[int, int, int], second: tuple[int, int, int], size: int) -> np.ndarray:
+    """A ground without words: float32 RGB ``(size, size, 3)``, 0 to 255. Not to be changed in place."""
+    first, other = np.array(ground, np.float32), np.array(second, np.float32)
+    return first + pattern_mask(pattern, size)[..., None] * (other - first)
 
 
 @functools.cache

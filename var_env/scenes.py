@@ -274,7 +274,7 @@ def word_list(split: str, max_letters: int) -> tuple[str, ...]:
 
 @functools.cache
 def glyph(letter: str, cell: tuple[int, int, int] = Scene.cell) -> np.ndarray:
-    """Ink coverage of one glyph cell, of a width, a height and a font's size in pixels: float32 ``(24, 16)`` in [0, 1]."""
+    """Ink coverage of one glyph cell, given by width, height and font size in pixels: float32 ``(height, width)``."""
     width, height, font_size = cell
     with resources.as_file(resources.files("var_env") / "assets" / "DejaVuSansMono-Bold.ttf") as path:
         font = ImageFont.truetype(str(path), font_size)

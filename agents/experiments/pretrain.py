@@ -60,6 +60,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.rare.add_argument("--layers", type=int, default=6, help="of the policy (%(default)s)")
     parser.rare.add_argument("--heads", type=int, default=3, help="of the policy (%(default)s)")
     parser.add_argument("--start", type=Path, help="a policy's weights to start from, in place of random ones")
+    parser.rare.add_argument(
+        "--blocks-of",
+        metavar="PATH_OR_NAME",
+        help="start from the text encoder and the blocks of a policy, a .safetensors file or a shipped one such as "
+        "plain, whose tokenizer may be another; what belongs to the tokenizer is random",
+    )
     parser.add_argument(
         "--faults",
         nargs="?",
@@ -96,6 +102,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.faults = named_world(args.world).faults.load(args.faults)
     except ValueError as error:
         parser.error(str(error))
+    if args.blocks_of is not None and (args.start is not None or args.policy != "var_text"):
+        parser.error("--blocks-of starts a new var_text: leave out --start and --policy")
     if not 0 < args.decay <= 1:
         parser.error(f"--decay is a share above 0 and at most 1, got {args.decay}")
     if not args.temperature > 0:

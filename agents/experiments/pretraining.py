@@ -22,8 +22,8 @@ try:
 except ImportError:  # a borrowed machine may have torch alone
     SummaryWriter = None  # type: ignore[assignment, misc]
 
+from agents import policies
 from agents.experiments import run_file
-from agents.policies import load_policy
 from agents.policies.base import Policy
 from agents.policies.var_text import VARTextPolicy
 from agents.sampling import Decoding, draw
@@ -34,6 +34,7 @@ from var_env.tokenizers import Tokenizer, load_tokenizer
 from var_env.tokenizers.base import VisualTokenizer, from_unit, to_unit
 from var_env.tokenizers.bits import BitTokenizer, bit_entropies
 from var_env.tokenizers.raster import RasterTokenizer
+from var_env.weights import load_config_and_weights
 from var_env.worlds import SMALL, make_world, named_world
 
 if TYPE_CHECKING:
@@ -44,9 +45,21 @@ COMMON, SHARES = ("world", "schedule", "seed", "batch"), ("decay", "swap", "drop
 STEPS = ("policy_steps", "policy_lr", "optimizer")
 OF_STAGE = {  # options that make a stage's run what it is
     "tokenizer": (*COMMON, "vocab_size", "bits", "tokenizer_steps", "tokenizer_lr"),
-    "policy": (*COMMON, "policy", "width", "layers", "heads", "start", *STEPS, "faults", *SHARES),
+    "policy": (*COMMON, "policy", "width", "layers", "heads", "start", "blocks_of", *STEPS, "faults", *SHARES),
 }
-FIXED = ("world", "schedule", "vocab_size", "bits", "policy", "width", "layers", "heads", "start", "optimizer")
+FIXED = (
+    "world",
+    "schedule",
+    "vocab_size",
+    "bits",
+    "policy",
+    "width",
+    "layers",
+    "heads",
+    "start",
+    "blocks_of",
+    "optimizer",
+)
 
 
 class SceneStream(torch.utils.data.IterableDataset):
@@ -255,14 +268,41 @@ def train_policy(args: argparse.Namespace) -> None:
 
 
 def new_policy(args: argparse.Namespace, tokenizer: VisualTokenizer) -> VARTextPolicy | QwenPolicy:
-    """Random weights, or those of ``--start``."""
+    """Random weights, those of ``--start``, or a part of those of ``--blocks-of``."""
     if args.start is not None:
-        return load_policy(args.start, tokenizer)  # type: ignore[return-value]
+        return policies.load_policy(args.start, tokenizer)  # type: ignore[return-value]
     if args.policy == "qwen":
         from agents.policies.qwen import QwenPolicy
 
         return QwenPolicy.small(tokenizer, args.width, args.layers, args.heads)
-    return VARTextPolicy(tokenizer, args.width, args.layers, args.heads)
+    policy = VARTextPolicy(tokenizer, args.width, args.layers, args.heads)
+    if args.blocks_of is not None:
+        take_blocks(policy, args.blocks_of)
+    return policy
+
+
+def take_blocks(policy: VARTextPolicy, path: str) -> None:
+    """Give a policy the text encoder and the blocks of another one of its size, on any tokenizer.
+
+    Args:
+        path: the file, or a shipped policy's name.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is of another size.
+    """
+    file = (
+        Path(policies.__file__).parent / "assets" / f"{path}.safetensors"
+        if path in policies.SHIPPED and not Path(path).is_file()
+        else Path(path)
+    )
+    config, weights = load_config_and_weights(file, policies.MAKER)
+    for name in ("width", "layers", "heads", "prompt_bytes"):
+        if config.get(name) != policy.config[name]:
+            raise ValueError(
+                f"--blocks-of {path}: its {name} is {config.get(name)}, that of the new policy {policy.config[name]}"
+            )
+    blocks = {name: weight for name, weight in weights.items() if name.startswith(("text.", "blocks.", "norm."))}
+    policy.load_state_dict(blocks, strict=False)
 
 
 @torch.no_grad()
@@ -429,15 +469,23 @@ def export(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.out / "tokenizer.safetensors")
     if not isinstance(tokenizer, Tokenizer | RasterTokenizer):
         raise SystemExit(f"the packages have no place for a {type(tokenizer).__name__}: use its file where it is")
-    policy = load_policy(args.out / "policy.safetensors", tokenizer)
+    policy = policies.load_policy(args.out / "policy.safetensors", tokenizer)
     if not isinstance(policy, VARTextPolicy):
         raise SystemExit(f"the packages have no place for a {type(policy).__name__}: use its file where it is")
     # Cross-entropy on images of swapped codes leaves a policy a little less sure than what it draws has to be.
     policy.set_temperature(args.temperature)
     entry = named_world(args.world)
+    if args.schedule == "raster" and args.world != SMALL:
+        raise SystemExit(
+            f"the packages have no place for a raster of the world {args.world!r}: use its files where they are"
+        )
     names = {"scales": (entry.tokenizer, entry.policy), "raster": ("raster_tokenizer.safetensors", "raster")}
     file, name = names[args.schedule]
-    root, shipped, weights = Path(__file__).parents[2], f"var_env/assets/{file}", f"agents/policies/assets/{name}.safetensors"
+    root, shipped, weights = (
+        Path(__file__).parents[2],
+        f"var_env/assets/{file}",
+        f"agents/policies/assets/{name}.safetensors",
+    )
     tokenizer.save(root / shipped, half=True)
     policy.save(root / weights, half=True)
     print(f"wrote {shipped} and {weights}")
