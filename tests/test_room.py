@@ -366,8 +366,12 @@ class TestPretraining:
         capsys.readouterr()
         self.run("policy", tmp_path, "--world", "room", "--faults", "--policy-steps", "3")
         assert "going on from step 2" in capsys.readouterr().out
-        with pytest.raises(SystemExit, match="--world small, was room"):
+        with pytest.raises(SystemExit, match=r"--world small: the tokenizer in .* is of the world 'room'"):
             self.run("policy", tmp_path)
+        with pytest.raises(SystemExit, match="--world small, was room"):
+            self.run("tokenizer", tmp_path)
+        with pytest.raises(SystemExit, match="its width is 192, and that of the new policy 32"):
+            self.run("policy", tmp_path, "--world", "room", "--blocks-of", "plain")
 
     def test_faults_are_those_of_the_world(self):
         args = pretrain.parse(["policy", "--world", "room", "--faults"])

@@ -24,11 +24,12 @@ except ImportError:  # a borrowed machine may have torch alone
 
 from agents import policies
 from agents.experiments import run_file
+from agents.experiments.options import clear_errors
 from agents.policies.base import Policy
 from agents.policies.var_text import VARTextPolicy
 from agents.sampling import Decoding, draw
 from var_env.faults import Faults
-from var_env.scenes import Scene, World, render
+from var_env.scenes import MAX_PROMPT_BYTES, Scene, World, render
 from var_env.schedule import ScaleSchedule
 from var_env.tokenizers import Tokenizer, load_tokenizer
 from var_env.tokenizers.base import VisualTokenizer, from_unit, to_unit
@@ -227,8 +228,10 @@ def steps_of(tokenizer: Tokenizer | BitTokenizer, args: argparse.Namespace) -> V
 def train_policy(args: argparse.Namespace) -> None:
     """Teacher forcing on the tokenizer's grids, a few of the written codes swapped, the prompt dropped at times."""
     torch.manual_seed(args.seed)
-    tokenizer: Any = load_tokenizer(args.out / "tokenizer.safetensors").to(args.device)  # one of train_tokenizer's
-    policy = new_policy(args, tokenizer).to(args.device)
+    with clear_errors():
+        tokenizer: Any = load_tokenizer(args.out / "tokenizer.safetensors").to(args.device)  # one of train_tokenizer's
+        check_tokenizer(args, tokenizer)
+        policy = new_policy(args, tokenizer).to(args.device)
     run = Run(args, "policy", policy, optimizers_of(policy, args.optimizer))
     run.resume()
     forward = torch.compile(policy.from_features) if args.compile else policy.from_features
@@ -267,6 +270,16 @@ def train_policy(args: argparse.Namespace) -> None:
     policy.save(args.out / "policy.safetensors")
 
 
+def check_tokenizer(args: argparse.Namespace, tokenizer: VisualTokenizer) -> None:
+    """``ValueError`` when the tokenizer in ``--out`` is for another world than ``--world``."""
+    world = tokenizer.world or SMALL
+    if world != args.world:
+        raise ValueError(
+            f"--world {args.world}: the tokenizer in {args.out} is of the world {world!r}: give --world {world}, or "
+            "another --out"
+        )
+
+
 def new_policy(args: argparse.Namespace, tokenizer: VisualTokenizer) -> VARTextPolicy | QwenPolicy:
     """Random weights, those of ``--start``, or a part of those of ``--blocks-of``."""
     if args.start is not None:
@@ -296,10 +309,10 @@ def take_blocks(policy: VARTextPolicy, path: str) -> None:
         else Path(path)
     )
     config, weights = load_config_and_weights(file, policies.MAKER)
-    for name in ("width", "layers", "heads", "prompt_bytes"):
-        if config.get(name) != policy.config[name]:
+    for name, value in ({"prompt_bytes": MAX_PROMPT_BYTES} | config).items():  # an earlier file has no prompt_bytes
+        if name in ("width", "layers", "heads", "prompt_bytes") and value != policy.config[name]:
             raise ValueError(
-                f"--blocks-of {path}: its {name} is {config.get(name)}, that of the new policy {policy.config[name]}"
+                f"--blocks-of {path}: its {name} is {value}, and that of the new policy {policy.config[name]}"
             )
     blocks = {name: weight for name, weight in weights.items() if name.startswith(("text.", "blocks.", "norm."))}
     policy.load_state_dict(blocks, strict=False)
