@@ -380,9 +380,12 @@ class TestPretraining:
         stream = pretraining.SceneStream(2, 0, 0, ROOM_FAULTS, make_world("room"))
         scenes, images = next(iter(stream))
         assert images.shape == (2, 96, 96, 3) and all(isinstance(scene, RoomScene) for scene in scenes)
-        weight = pretraining.ink_weight(torch.from_numpy(render(SCENE))[None], [SCENE], 5.0)
-        ink = weight[0, 0] == 5
-        assert ink[0:16, 0:24].any() and not ink[64:].any() and set(weight.unique().tolist()) == {1.0, 5.0}
+        image = torch.from_numpy(render(SCENE))[None]
+        cells = pretraining.text_weight(image, [SCENE], 5.0, cells=True)[0, 0] == 5
+        assert cells[0:16, 0:24].all() and cells[48:64, 32:56].all() and cells.sum() == 2 * 16 * 24
+        flat = replace(SCENE, second=SCENE.ground)
+        ink = pretraining.text_weight(torch.from_numpy(render(flat))[None], [flat], 5.0, cells=False)[0, 0] == 5
+        assert ink.any() and not (ink & ~cells).any() and ink.sum() < cells.sum() / 2
 
     def test_blocks_of_another_policy(self, room_tokenizer, tmp_path):
         other = tiny_policy(Tokenizer(vocab_size=4, channels=2, width=8, blocks=0), seed=1)

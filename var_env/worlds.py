@@ -25,6 +25,7 @@ class NamedWorld:
         faults: the class of its tables of planted faults.
         tokenizer: the shipped tokenizer's file in ``var_env/assets``.
         policy: the name of the shipped base policy, see ``agents.policies``.
+        weigh_cells: whether a tokenizer's loss is weighted on the glyphs' cells, and not on their ink alone.
     """
 
     world: type[World]
@@ -32,12 +33,13 @@ class NamedWorld:
     faults: type[Faults]
     tokenizer: str
     policy: str
+    weigh_cells: bool = False
 
 
 SMALL = "small"
 WORLDS = {
     SMALL: NamedWorld(World, DEFAULT_SCHEDULE, Faults, "tokenizer.safetensors", "base"),
-    "room": NamedWorld(Room, ROOM_SCHEDULE, RoomFaults, "room_tokenizer.safetensors", "room"),
+    "room": NamedWorld(Room, ROOM_SCHEDULE, RoomFaults, "room_tokenizer.safetensors", "room", weigh_cells=True),
 }
 
 

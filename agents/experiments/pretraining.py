@@ -8,7 +8,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,11 +82,21 @@ class SceneStream(torch.utils.data.IterableDataset):
             i += 1
 
 
-def ink_weight(images: Tensor, scenes: list[Scene], weight: float) -> Tensor:
-    """Loss weights ``(B, 1, S, S)``: `weight` on pixels that differ from the ground without words, else 1."""
-    grounds = np.stack([render(replace(scene, words=(), boxes=())) for scene in scenes])  # (B, S, S, 3)
-    ink = (images != torch.from_numpy(grounds).to(images.device)).any(-1)  # (B, S, S)
-    return 1 + (weight - 1) * ink.float().unsqueeze(1)
+def text_weight(images: Tensor, scenes: list[Scene], weight: float, cells: bool) -> Tensor:
+    """Loss weights ``(B, 1, S, S)``: `weight` on pixels that are not the ground's colour, else 1.
+
+    With `cells`, on all pixels of the words' boxes. With the ink alone it costs little to draw too much of it, and of
+    small glyphs an F becomes an E, and a P an R.
+    """
+    if cells:
+        text = torch.zeros(images.shape[:3], dtype=torch.bool, device=images.device)  # (B, S, S)
+        for row, scene in zip(text, scenes, strict=True):
+            for x0, y0, x1, y1 in scene.boxes:
+                row[y0:y1, x0:x1] = True
+    else:
+        ground = torch.tensor([scene.ground for scene in scenes], dtype=torch.uint8, device=images.device)
+        text = (images != ground[:, None, None, :]).any(-1)  # (B, S, S)
+    return 1 + (weight - 1) * text.float().unsqueeze(1)
 
 
 class EmaCodebook:
@@ -198,7 +207,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
             quantised = features
         with torch.autocast(args.device, dtype=torch.bfloat16):
             image = tokenizer.decoder(quantised)
-        weight = ink_weight(images, scenes, 5.0)
+        weight = text_weight(images, scenes, 5.0, named_world(args.world).weigh_cells)
         error = (weight * (image.float() - x).square()).mean() / weight.mean()
         (error + 0.25 * commitment + smoothing + penalty).backward()
         run.take_step()
