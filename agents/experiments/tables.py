@@ -26,7 +26,7 @@ from agents.experiments.cells import METRICS, Result
 from agents.experiments.output import table
 from agents.repair import repaired
 from agents.statistics import Components, difference, estimate, iqm, probability_of_improvement
-from var_env.faults import FAMILIES
+from var_env.faults import ALL_FAMILIES
 from var_env.scenes import quoted_words
 
 POWER = 0.8  # of the smallest difference that a comparison could have seen
@@ -167,18 +167,13 @@ def beside_table(base: Result, runs: Sequence[Result]) -> str:
 
 def repair_table(summary: Mapping[str, Any]) -> str:
     """One line an agent: the share of each family of faults that it has repaired, or nothing where there are none."""
+    known = {agent: of["repaired"] for agent, of in summary.items() if "repaired" in of}
+    families = [family for family in ALL_FAMILIES if any(family in of for of in known.values())]  # of the world
     rows = [
-        [
-            agent,
-            *(
-                "" if math.isnan(of["repaired"][family][0]) else with_interval(of["repaired"][family])
-                for family in FAMILIES
-            ),
-        ]
-        for agent, of in summary.items()
-        if "repaired" in of
+        [agent, *("" if math.isnan(of[family][0]) else with_interval(of[family]) for family in families)]
+        for agent, of in known.items()
     ]
-    return table(["Agent", *FAMILIES], rows) if rows else ""
+    return table(["Agent", *families], rows) if rows else ""
 
 
 def power_text(base: Result, runs: Sequence[Result]) -> str:

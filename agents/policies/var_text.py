@@ -30,6 +30,7 @@ from var_env.scenes import CELL_HEIGHT, LATTICE, MAX_PROMPT_BYTES, World, encode
 from var_env.tokenizers import load_tokenizer
 from var_env.tokenizers.base import VisualTokenizer
 from var_env.weights import load_config_and_weights, load_weights, save_module
+from var_env.worlds import make_world
 
 START = 1  # the byte value of the start-of-text token; 0 pads
 MAX_WORDS, MAX_PLACE = 8, 16
@@ -249,8 +250,10 @@ class VARTextPolicy(Policy):
         return dict(zip(names, self.temperatures(), strict=True))
 
     def trained_on(self) -> World | None:
-        """The rendered world of its images' size; ``None`` where there is none of that size."""
+        """The rendered world that its tokenizer names, or else the small one at its images' size, if there is one."""
         size = self.tokenizer.image_size
+        if self.tokenizer.world is not None:
+            return make_world(self.tokenizer.world, size=size)
         return World(size) if size >= 2 * CELL_HEIGHT and size % LATTICE == 0 else None
 
     def _runs(self, text_bias: Tensor, tokens: int) -> list[Run]:
