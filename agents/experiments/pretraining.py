@@ -254,10 +254,10 @@ def train_policy(args: argparse.Namespace) -> None:
         # Swapped codes teach a policy to correct itself. At the end they would only blur what it is sure of.
         written, labels = tokenizer.quantise(encoded, args.swap * shape(step, args.policy_steps), generator)
         cond: Any = policy.encode_prompts([scene.prompt for scene in scenes])
-        dropped = torch.rand(len(scenes), 1, generator=generator, device=args.device) < args.drop_prompt
-        cond = type(cond)(
-            *(torch.where(dropped, null, part) for null, part in zip(policy.null_cond(cond), cond, strict=True))
-        )
+        if args.drop_prompt:
+            dropped = torch.rand(len(scenes), 1, generator=generator, device=args.device) < args.drop_prompt
+            pairs = zip(policy.null_cond(cond), cond, strict=True)
+            cond = type(cond)(*(torch.where(dropped, null, part) for null, part in pairs))
         features = torch.cat(tokenizer.read_all(written, steps[-1], len(scenes)), dim=1)
         logits = forward(cond, features, steps)  # (B, L, D, V)
         loss = F.cross_entropy(logits.flatten(0, 2), torch.cat(labels, dim=1).flatten(), reduction="none")
@@ -292,12 +292,15 @@ def check_tokenizer(args: argparse.Namespace, tokenizer: VisualTokenizer) -> Non
 def new_policy(args: argparse.Namespace, tokenizer: VisualTokenizer) -> VARTextPolicy | QwenPolicy:
     """Random weights, those of ``--start``, or a part of those of ``--blocks-of``."""
     if args.start is not None:
-        return policies.load_policy(args.start, tokenizer)  # type: ignore[return-value]
+        start = policies.load_policy(args.start, tokenizer)
+        if isinstance(start, VARTextPolicy) and args.drop_prompt > 0:
+            start.config["null_prompt"] = True  # from now on
+        return start  # type: ignore[return-value]
     if args.policy == "qwen":
         from agents.policies.qwen import QwenPolicy
 
         return QwenPolicy.small(tokenizer, args.width, args.layers, args.heads)
-    policy = VARTextPolicy(tokenizer, args.width, args.layers, args.heads)
+    policy = VARTextPolicy(tokenizer, args.width, args.layers, args.heads, null_prompt=args.drop_prompt > 0)
     if args.blocks_of is not None:
         take_blocks(policy, args.blocks_of)
     return policy
