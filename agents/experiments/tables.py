@@ -106,10 +106,16 @@ def summarise(base: Result, runs: Sequence[Result]) -> dict[str, Any]:
                 entry["better_than_first"] = probability_of_improvement(scores, other, strata=strata)
             found[agent][metric] = entry
         found[agent]["iqm"] = estimate(scores_of(of, "reward"), iqm, strata=strata)
-        if all(run.get("beside") for run in (base, *of)):
-            records = [plain([run["beside"] for run in group]) for group in ([base], of)]
-            found[agent]["repaired"] = repaired(*records, strata=strata)
+        found[agent] |= repaired_by(base, of)
     return found
+
+
+def repaired_by(base: Result, runs: Sequence[Result]) -> dict[str, Any]:
+    """``repaired``, by family (share, low, high), of an agent's runs; nothing where it was not measured."""
+    if not runs or not all(run.get("beside") for run in (base, *runs)):
+        return {}
+    records = [plain([run["beside"] for run in group]) for group in ([base], runs)]
+    return {"repaired": repaired(*records, strata=strata_of(base))}
 
 
 def plain(records: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray]]:
@@ -165,15 +171,15 @@ def beside_table(base: Result, runs: Sequence[Result]) -> str:
     return table(["Policy", *BESIDE.values(), "KL to base, nats an image"], rows) if rows else ""
 
 
-def repair_table(summary: Mapping[str, Any]) -> str:
-    """One line an agent: the share of each family of faults that it has repaired, or nothing where there are none."""
+def repair_table(summary: Mapping[str, Any], header: str = "Agent") -> str:
+    """One line an agent, or what ``header`` says: the share of each family of faults repaired; nothing without any."""
     known = {agent: of["repaired"] for agent, of in summary.items() if "repaired" in of}
     families = [family for family in ALL_FAMILIES if any(family in of for of in known.values())]  # of the world
     rows = [
         [agent, *("" if math.isnan(of[family][0]) else with_interval(of[family]) for family in families)]
         for agent, of in known.items()
     ]
-    return table(["Agent", *families], rows) if rows else ""
+    return table([header, *families], rows) if rows else ""
 
 
 def power_text(base: Result, runs: Sequence[Result]) -> str:
