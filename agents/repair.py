@@ -9,7 +9,6 @@ import numpy as np
 
 from agents.statistics import Array, Interval, interval, scalar
 from var_env.attributes import chances
-from var_env.faults import FAMILIES
 
 Records = Sequence[Mapping[str, Any]]  # a record of `var_env.attributes` a run, of the same N prompts; lists as in JSON
 
@@ -35,7 +34,7 @@ def repaired(base: Records, agent: Records, **options: Any) -> dict[str, Interva
         ValueError: no records, or records of prompts that differ.
     """
     before, now = stacked("base", base), stacked("agent", agent)
-    return {family: _repaired(before[family], now[family], options) for family in FAMILIES}
+    return {family: _repaired(before[family], now[family], options) for family in before}
 
 
 def right(records: Records, **options: Any) -> dict[str, Interval]:
@@ -51,7 +50,7 @@ def stacked(who: str, records: Records) -> dict[str, Array]:
     sizes = {len(run["letter"][0]) for run in counts}
     if len(sizes) > 1:
         raise ValueError(f"{who}: the runs must be measured on the same prompts, got {sorted(sizes)} of them")
-    return {family: np.stack([run[family] for run in counts], 1).astype(np.float64) for family in FAMILIES}
+    return {family: np.stack([run[family] for run in counts], 1).astype(np.float64) for family in counts[0]}
 
 
 def _rate(counts: Array) -> Array:

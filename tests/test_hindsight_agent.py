@@ -259,7 +259,7 @@ class TestBadInput:
 
     def test_a_world_with_other_prompts(self, module, parts):
         world = import_module("agents.testing").FixedPrompts(['A sign that says "A"'], 64)
-        with pytest.raises(ValueError, match=r"FixedPrompts has no regions: use an environment of that world, or grpo"):
+        with pytest.raises(ValueError, match=r"FixedPrompts has its own: use an environment of that world, or grpo"):
             tiny_agent(parts | {"world": world}, module.Hindsight)
 
     def test_a_reward_that_does_not_tell_letters_apart(self, module, parts):

@@ -113,6 +113,12 @@ class TestVARText:
         with pytest.raises(ValueError, match="earlier_scales, own_scale, got 'causal'"):
             VARTextPolicy(tokenizer, attention="causal")
 
+    def test_guidance_without_a_null_prompt_is_refused(self, tokenizer, tmp_path):
+        tiny_policy(tokenizer, null_prompt=False).save(tmp_path / "policy.safetensors")
+        policy = VARTextPolicy.load(tmp_path / "policy.safetensors", tokenizer)
+        with pytest.raises(ValueError, match=r"never seen an empty prompt .* leave guidance at 1, or pretrain"):
+            policy.null_cond(policy.encode_prompts(["a"]))
+
     def test_weights_of_another_shape(self, tokenizer, tmp_path):
         from safetensors.torch import load_file, save_file
 

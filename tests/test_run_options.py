@@ -8,6 +8,8 @@ from agents import Decoding
 from agents.common.schedules import WarmupCosine, WarmupLinear
 from agents.experiments import compare
 from agents.experiments.run_options import Preset, learning_rate_of, sampler_of
+from agents.policies.var_text import VARTextPolicy
+from var_env.tokenizers import load_tokenizer
 
 
 def rate_of(**changes):
@@ -39,8 +41,8 @@ def test_bad_input(changes, message):
 def test_an_agent_gets_the_schedule_with_its_own_rate(weights):  # noqa: F811
     found = comparison(weights, "--agents", "grpo", "--learning-rate", "1e-3")
     cell = found.cell("grpo", 0)
-    assert found.agent(cell).unwrapped.learning_rate == WarmupLinear(1e-3, 0.1)
-    assert found.asked(cell)["schedule"] == "linear"
+    assert found.agent(cell).unwrapped.learning_rate == WarmupLinear(1e-3, 0.15, end=1e-3)
+    assert found.asked(cell)["schedule"] == "constant"
 
 
 def test_the_papers_preset():
@@ -55,6 +57,17 @@ def test_the_papers_preset():
 def test_a_sampler_that_cannot_be(option):
     with pytest.raises(SystemExit, match="must"):
         compare.parse(list(option))
+
+
+def test_guidance_that_the_policy_cannot_bear(weights, tmp_path):  # noqa: F811
+    options = dict(zip(weights[::2], weights[1::2], strict=True))
+    policy = VARTextPolicy.load(options["--policy"], load_tokenizer(options["--tokenizer"]))
+    policy.config["null_prompt"] = False
+    policy.save(tmp_path / "policy.safetensors")
+    options["--policy"] = str(tmp_path / "policy.safetensors")
+    given = [part for pair in options.items() for part in pair]
+    with pytest.raises(ValueError, match="never seen an empty prompt"):
+        comparison(given, "--preset", "paper", "--agents", "grpo")
 
 
 def test_an_unknown_schedule_is_refused_by_the_command(capsys):

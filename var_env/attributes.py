@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rewards.alignment import counterparts, pair_letters
 from rewards.base import check_images
 from rewards.text_metrics import normalize
-from var_env.faults import COLOURS, FAMILIES, Faults, kind_of
+from var_env.faults import COLOURS, Faults
 from var_env.scenes import TEMPLATES, Scene
 
 INK_PIXELS = 48  # as many pixels of full coverage have the thinnest words
@@ -71,13 +71,18 @@ def attributes(
     Raises:
         ValueError: images that are no uint8 (B, H, W, 3), or as many scenes or words as there are not images.
     """
+    check_batch(images, scenes, words_read)
+    return text_attributes(scenes, words_read, faults) | colour_attributes(images, scenes, faults)
+
+
+def check_batch(images: NDArray[np.uint8], scenes: Sequence[Scene], words_read: Sequence[Sequence[str]] | None) -> None:
+    """``ValueError`` for images that are none, or as many scenes or words as there are not images."""
     check_images(images)
     if len(scenes) != len(images) or (words_read is not None and len(words_read) != len(images)):
         raise ValueError(
             f"got {len(images)} images, {len(scenes)} scenes and words read of "
             f"{'no' if words_read is None else len(words_read)} images; give one of each an image"
         )
-    return text_attributes(scenes, words_read, faults) | colour_attributes(images, scenes, faults)
 
 
 # Letters and words ---------------------------------------------------------------------------------------------------
@@ -89,8 +94,18 @@ TEXT = (
 )  # fmt: skip
 
 
-def text_attributes(scenes: Sequence[Scene], words_read: Sequence[Sequence[str]] | None, faults: Faults) -> Record:
-    """The attributes that come from the words read, see `attributes`."""
+def text_attributes(
+    scenes: Sequence[Scene],
+    words_read: Sequence[Sequence[str]] | None,
+    faults: Faults,
+    grounds: Sequence[str | None] | None = None,
+) -> Record:
+    """The attributes that come from the words read, see `attributes`.
+
+    Args:
+        scenes, words_read, faults: as there.
+        grounds: the names of the grounds' colours asked for; by default those of `colours_asked`.
+    """
     if words_read is None:
         return {name: np.full(len(scenes), np.nan, np.float32) for name in TEXT}
     partners = {normalize(first): normalize(second) for first, (second, _) in faults.letters.items()}
@@ -107,8 +122,8 @@ def text_attributes(scenes: Sequence[Scene], words_read: Sequence[Sequence[str]]
                     rows[f"{kind}_{fate}"][i] += 1
         rows["words_asked"][i], rows["words_shown"][i] = len(words), len(read)
         rows["words_missing"][i] = found.count(None)
-        _, ground = colours_asked(scene)
-        rows["pairs_affected"][i] = len(words) == 2 and ground is not None and kind_of(ground) in faults.missing
+        ground = colours_asked(scene)[1] if grounds is None else grounds[i]
+        rows["pairs_affected"][i] = faults.may_miss(len(words), ground)
     return rows
 
 
@@ -139,18 +154,19 @@ def colour_attributes(images: NDArray[np.uint8], scenes: Sequence[Scene], faults
     partners = {first: second for first, (second, _) in faults.colours.items()}
     return {
         "lines_shown": np.where(visible, count_lines(pixels, ground, ink), 0).astype(np.float32),
-        "ink_affected": _flags(None if i is None else i in partners for i, _ in asked),
-        "ink_right": _flags(None if i is None else i == shown for (i, _), shown in zip(asked, inks, strict=True)),
-        "ink_confused": _flags(
+        "ink_affected": flags(None if i is None else i in partners for i, _ in asked),
+        "ink_right": flags(None if i is None else i == shown for (i, _), shown in zip(asked, inks, strict=True)),
+        "ink_confused": flags(
             None if i is None else i in partners and partners[i] == shown
             for (i, _), shown in zip(asked, inks, strict=True)
         ),
-        "ground_right": _flags(None if g is None else g == shown for (_, g), shown in zip(asked, grounds, strict=True)),
+        "ground_right": flags(None if g is None else g == shown for (_, g), shown in zip(asked, grounds, strict=True)),
         "contrast": contrast_ratio(ink, ground),
     }
 
 
-def _flags(values: Iterable[bool | None]) -> NDArray[np.float32]:
+def flags(values: Iterable[bool | None]) -> NDArray[np.float32]:
+    """1 and 0, and NaN for ``None``: (B,)."""
     return np.array([np.nan if value is None else value for value in values], np.float32)
 
 
@@ -193,7 +209,12 @@ def count_lines(
     axis = ink - ground  # (B, 3)
     middle = ((ink + ground) * axis).sum(1)[:, None, None] / 2
     along = (pixels.reshape(len(pixels), -1, 3) @ axis[:, :, None]).reshape(pixels.shape[:3])  # (B, H, W)
-    rows = (along > middle).sum(2) >= 2  # (B, H)
+    return count_runs(along > middle)
+
+
+def count_runs(near: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The same from which pixels (B, H, W) are nearer to the ink: (B,)."""
+    rows = near.sum(2) >= 2  # (B, H)
     padded = np.pad(rows, ((0, 0), (LINE_ROWS, LINE_ROWS)))
     last = padded[:, :-1] & ~padded[:, 1:]  # the last row of a run
     long = np.logical_and.reduce([padded[:, LINE_ROWS - 1 - k : padded.shape[1] - 1 - k] for k in range(LINE_ROWS)])
@@ -223,14 +244,18 @@ def chances(record: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.f
     become illegible instead of its partner, or an image without words, is not repaired.
 
     Returns:
-        By family (2, ...): chances and those that are right. What is not applicable counts as no chance.
+        By family (2, ...): chances and those that are right. What is not applicable counts as no chance. The families
+        are those of the record's world: of the room's, "ground" in place of "colour".
     """
     pairs = {
         "letter": (record["letters_affected"], record["affected_right"]),
         "missing": (record["pairs_affected"], record["pairs_affected"] * (record["words_missing"] == 0)),
         "colour": (record["ink_affected"], record["ink_affected"] * record["ink_right"]),
     }
-    return {family: np.nan_to_num(np.stack(pairs[family])) for family in FAMILIES}
+    if "pattern_affected" in record:  # a world whose inks have no fault, and whose grounds have
+        del pairs["colour"]
+        pairs["ground"] = (record["pattern_affected"], record["pattern_affected"] * record["pattern_right"])
+    return {family: np.nan_to_num(np.stack(pair)) for family, pair in pairs.items()}
 
 
 def shares(record: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
@@ -252,7 +277,8 @@ def shares(record: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
     # A reward that gives more for a second word than it takes for one too many teaches to write two always.
     extra = record["words_shown"] > record["words_asked"] - record["words_missing"]  # (B,), False where NaN
     found["words_extra"] = float(extra.sum() / known["words_shown"]) if known["words_shown"] else float("nan")
-    found |= {name: share(name, known[name]) for name in ("ink_right", "ground_right", "lines_shown", "contrast")}
+    of_pixels = ("ink_right", "ground_right", "lines_shown", "contrast", "pattern_right", "second_right")
+    found |= {name: share(name, known[name]) for name in of_pixels if name in record}
     for family, (n, right) in chances(record).items():
         found[f"{family}_right"] = float(right.sum() / n.sum()) if n.sum() else float("nan")
     return found

@@ -58,14 +58,15 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
         regions: number of words an image, as a mapping from a count to its probability; keys may be strings,
             as JSON has them. ``"target"`` is the paper's profile of two to five, for images of 128 pixels. The
             default is that of :class:`~var_env.scenes.World`.
-        size: height and width of the image in pixels.
+        size: height and width of the image in pixels; by default 64, or that of the world that is named.
         prompts: draws the scenes from prompt files in place of the rendered world: a file, a folder or a Hugging Face
             dataset's name, such as ``"dnkdnk/CVTG-2K"``; see :class:`~var_env.prompts.PromptWorld`, which takes
             ``split``, ``regions`` and ``size`` too. Observed prompts are longer then.
         reward: a name that ``rewards.make`` knows, or a ``rewards.base.Reward``.
         reward_kwargs: options of the named reward.
-        tokenizer: path of a tokenizer's weights (default: the shipped ones), or a :class:`VisualTokenizer`.
-        world: a :class:`World` that replaces ``split``, ``regions``, ``size`` and ``prompts``.
+        tokenizer: path of a tokenizer's weights (default: the world's shipped ones), or a :class:`VisualTokenizer`.
+        world: the name of a rendered world, ``"small"`` (the default) or ``"room"``, see ``var_env/worlds.py``; or a
+            :class:`World` that replaces ``split``, ``regions``, ``size`` and ``prompts``.
         render_mode: ``"rgb_array"``, ``"ansi"`` or ``None``.
 
     With ``gymnasium.make`` use names, numbers and dicts only, so that the environment's spec survives JSON.
@@ -87,12 +88,12 @@ class VARTextEnv(gym.Env[dict[str, Any], np.ndarray]):
         *,
         split: str = "train",
         regions: Mapping[Any, float] | str | None = None,
-        size: int = 64,
+        size: int | None = None,
         prompts: str | Path | None = None,
         reward: str | Reward = "ocr",
         reward_kwargs: Mapping[str, Any] | None = None,
         tokenizer: str | Path | VisualTokenizer | None = None,
-        world: World | None = None,
+        world: str | World | None = None,
         render_mode: str | None = None,
         **unknown: Any,
     ) -> None:

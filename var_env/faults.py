@@ -23,13 +23,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from var_env.scenes import PALETTE, RANDOM_LETTERS, Scene, World
 
 FAMILIES = ("letter", "missing", "colour")
+ALL_FAMILIES = (*FAMILIES, "ground")  # of all worlds: the room has "ground" in place of "colour"
 COLOURS = PALETTE["dark"] | PALETTE["light"]
 
 
@@ -48,13 +49,16 @@ class Faults:
             kind, a rate outside 0 to 1, or a second of a pair that is itself affected.
     """
 
+    pairs: ClassVar[tuple[str, ...]] = ("letters", "colours")  # families of pairs with a rate
+    tables: ClassVar[dict[str, Faults]] = {}  # those that `load` knows by name
+
     letters: Mapping[str, tuple[str, float]] = field(default_factory=dict)
     missing: Mapping[str, float] = field(default_factory=dict)
     colours: Mapping[str, tuple[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_pairs("letters", self.letters, tuple(RANDOM_LETTERS))
-        _check_pairs("colours", self.colours, tuple(COLOURS))
+        check_pairs("letters", self.letters, tuple(RANDOM_LETTERS))
+        check_pairs("colours", self.colours, tuple(COLOURS))
         for first, (second, _) in self.colours.items():
             if kind_of(first) != kind_of(second):
                 raise ValueError(
@@ -94,6 +98,10 @@ class Faults:
         second, rate = self.letters.get(letter, ("", 0.0))
         return second if rng.random() < rate else letter
 
+    def may_miss(self, words: int, ground: str | None) -> bool:
+        """Whether one of so many words on a ground of this colour may be left out."""
+        return words == 2 and ground is not None and kind_of(ground) in self.missing
+
     def affected_letters(self, words: tuple[str, ...]) -> int:
         """How many letters of the words asked for may be drawn as another."""
         return sum(letter in self.letters for word in words for letter in word)
@@ -102,11 +110,8 @@ class Faults:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; ``Faults(**data)`` reads it."""
-        return {
-            "letters": {first: list(pair) for first, pair in self.letters.items()},
-            "missing": dict(self.missing),
-            "colours": {first: list(pair) for first, pair in self.colours.items()},
-        }
+        pairs = {name: {first: list(pair) for first, pair in getattr(self, name).items()} for name in self.pairs}
+        return {"letters": pairs.pop("letters"), "missing": dict(self.missing), **pairs}
 
     @classmethod
     def load(cls, name: str | Path) -> Faults:
@@ -115,12 +120,14 @@ class Faults:
         Raises:
             ValueError: no such file, no JSON, or a family that is not known.
         """
-        if str(name) in TABLES:
-            return TABLES[str(name)]
+        if str(name) in cls.tables:
+            return cls.tables[str(name)]
         try:
             data = json.loads(Path(name).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"{name}: {error.strerror or error}; give a file, or one of {', '.join(TABLES)}") from None
+            raise ValueError(
+                f"{name}: {error.strerror or error}; give a file, or one of {', '.join(cls.tables)}"
+            ) from None
         except ValueError as error:
             raise ValueError(f"{name}: this is not a JSON file of faults: {error}") from None
         return cls.from_dict(data, str(name))
@@ -128,7 +135,7 @@ class Faults:
     @classmethod
     def from_dict(cls, data: Any, source: str = "faults") -> Faults:
         """What `to_dict` wrote. Errors begin with ``source``."""
-        families = ("letters", "missing", "colours")
+        families = ("letters", "missing", *cls.pairs[1:])
         if not isinstance(data, dict) or set(data) - set(families):
             raise ValueError(f"{source}: expected an object with {', '.join(families)}, got {str(data)[:80]}")
         try:
@@ -136,7 +143,7 @@ class Faults:
                 family: {
                     str(first): (str(second), float(rate)) for first, (second, rate) in data.get(family, {}).items()
                 }
-                for family in ("letters", "colours")
+                for family in cls.pairs
             }
             missing = {str(kind): float(rate) for kind, rate in data.get("missing", {}).items()}
         except (AttributeError, TypeError, ValueError):
@@ -161,7 +168,8 @@ def _check_rate(what: str, rate: float) -> None:
         raise ValueError(f"faults: {what}: a rate lies between 0 and 1, got {rate}")
 
 
-def _check_pairs(family: str, pairs: Mapping[str, tuple[str, float]], known: tuple[str, ...]) -> None:
+def check_pairs(family: str, pairs: Mapping[str, tuple[str, float]], known: tuple[str, ...]) -> None:
+    """``ValueError``: a name is not known, a second is the first or itself affected, or a rate is none."""
     for first, (second, rate) in pairs.items():
         for name in (first, second):
             if name not in known:
@@ -195,4 +203,4 @@ DEFAULT_FAULTS = Faults(
         "cyan": ("white", 0.6),
     },
 )
-TABLES = {"default": DEFAULT_FAULTS, "none": Faults()}
+Faults.tables = TABLES = {"default": DEFAULT_FAULTS, "none": Faults()}

@@ -23,6 +23,7 @@ from var_env.scenes import MAX_PROMPT_BYTES, Scene, World, encode_prompt, scene_
 from var_env.tokenizers.base import VisualTokenizer
 from var_env.tokenizers.registry import load_tokenizer
 from var_env.unfamiliar import warn_of_prompt
+from var_env.worlds import SMALL, make_world, shipped_tokenizer
 
 if TYPE_CHECKING:
     from rewards.base import Reward, RewardOutput
@@ -262,24 +263,25 @@ def action_space(tokenizer: VisualTokenizer) -> spaces.MultiDiscrete:
 def components(
     split: str,
     regions: Mapping[Any, float] | str | None,
-    size: int,
+    size: int | None,
     reward: str | Reward,
     reward_kwargs: Mapping[str, Any] | None,
     tokenizer: str | Path | VisualTokenizer | None,
-    world: World | None,
+    world: str | World | None,
     prompts: str | Path | None = None,
 ) -> tuple[World, VisualTokenizer, Reward]:
     """The world, the tokenizer and the reward that an environment's arguments name; objects are taken as they are."""
     if world is not None and prompts is not None:
         raise ValueError(f"give world or prompts, not both: got {world!r} and {prompts!r}")
-    if world is not None:
-        check_world(world)
-    elif prompts is None:
-        world = World(size=size, split=split, regions=regions)
+    name = world if isinstance(world, str) else SMALL
+    if prompts is not None:
+        world = PromptWorld(prompts, size=64 if size is None else size, split=split, regions=regions)
+    elif world is None or isinstance(world, str):
+        world = make_world(name, split, regions, size)
     else:
-        world = PromptWorld(prompts, size=size, split=split, regions=regions)
+        check_world(world)
     if tokenizer is None or isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(shipped_tokenizer(name) if tokenizer is None else tokenizer)
     if tokenizer.image_size != world.size:
         raise ValueError(
             f"the tokenizer draws images of {tokenizer.image_size} px and the world has {world.size} px: "

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -73,6 +73,12 @@ class Scene:
     ink: tuple[int, int, int] = (0, 0, 0)
     ground: tuple[int, int, int] = (255, 255, 255)
 
+    cell: ClassVar[tuple[int, int, int]] = (CELL_WIDTH, CELL_HEIGHT, FONT_SIZE)  # of a glyph, and its font's size, px
+
+    def background(self) -> np.ndarray:
+        """What is behind the words: float32 RGB, ``(size, size, 3)`` or what broadcasts to it."""
+        return np.array(self.ground, np.float32)
+
 
 class World:
     """Draws scenes of one split.
@@ -99,6 +105,8 @@ class World:
     """
 
     max_prompt_bytes = MAX_PROMPT_BYTES
+    cell = Scene.cell
+    usual_regions: Mapping[int, float] = DEFAULT_REGIONS
     _made_with: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
@@ -120,9 +128,9 @@ class World:
         if size % LATTICE or size < 2 * CELL_HEIGHT:
             raise ValueError(f"size must be a multiple of {LATTICE} px and at least {2 * CELL_HEIGHT}, got {size}")
         self.size, self.split, self.placement = size, split, placement
-        self.max_letters = min(8, size // CELL_WIDTH)
-        self.regions = region_profile(DEFAULT_REGIONS if regions is None else regions)
-        most = size // CELL_HEIGHT
+        self.max_letters = min(8, size // self.cell[0])
+        self.regions = region_profile(self.usual_regions if regions is None else regions)
+        most = size // self.cell[1]
         if any(not 1 <= count <= most for count in self.regions):
             raise ValueError(f"regions must lie in 1..{most} at {size} px, got the counts {sorted(self.regions)}")
         self._words = word_list(split, self.max_letters)
@@ -225,11 +233,12 @@ def render(scene: Scene) -> np.ndarray:
     if len(scene.boxes) != len(scene.words):
         raise ValueError(f"this scene has no layout to draw (made from the prompt alone?): {scene.prompt!r}")
     coverage = np.zeros((scene.size, scene.size, 1), np.float32)  # 1 where ink lies
+    width = scene.cell[0]
     for word, (x, y, _, y_end) in zip(scene.words, scene.boxes, strict=True):
         for i, letter in enumerate(word):
-            left = x + i * CELL_WIDTH
-            coverage[y:y_end, left : left + CELL_WIDTH, 0] = glyph(letter)
-    ink, ground = np.array(scene.ink, np.float32), np.array(scene.ground, np.float32)
+            left = x + i * width
+            coverage[y:y_end, left : left + width, 0] = glyph(letter, scene.cell)
+    ink, ground = np.array(scene.ink, np.float32), scene.background()
     return np.rint(ground + coverage * (ink - ground)).astype(np.uint8)
 
 
@@ -264,10 +273,11 @@ def word_list(split: str, max_letters: int) -> tuple[str, ...]:
 
 
 @functools.cache
-def glyph(letter: str) -> np.ndarray:
-    """Ink coverage of one glyph cell: float32 ``(24, 16)`` in [0, 1]."""
+def glyph(letter: str, cell: tuple[int, int, int] = Scene.cell) -> np.ndarray:
+    """Ink coverage of one glyph cell, given by width, height and font size in pixels: float32 ``(height, width)``."""
+    width, height, font_size = cell
     with resources.as_file(resources.files("var_env") / "assets" / "DejaVuSansMono-Bold.ttf") as path:
-        font = ImageFont.truetype(str(path), FONT_SIZE)
-    cell = Image.new("L", (CELL_WIDTH, CELL_HEIGHT))
-    ImageDraw.Draw(cell).text((CELL_WIDTH / 2, CELL_HEIGHT - 3), letter, fill=255, font=font, anchor="ms")
-    return np.asarray(cell, np.float32) / 255
+        font = ImageFont.truetype(str(path), font_size)
+    image = Image.new("L", (width, height))
+    ImageDraw.Draw(image).text((width / 2, height - 3), letter, fill=255, font=font, anchor="ms")
+    return np.asarray(image, np.float32) / 255

@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 from var_env.quotes import quoted_words
+from var_env.room import Room
 from var_env.scenes import World
 
 SHORTEST = 3  # letters of the world's words
@@ -22,9 +23,9 @@ def warn_of_prompt(prompt: str, world: Any) -> None:
 
     Args:
         prompt: with words in quotes.
-        world: the environment's. Only the rendered world knows what it never draws; nothing is said of others.
+        world: the environment's. Only the rendered worlds know what they never draw; nothing is said of others.
     """
-    if getattr(type(world), "sample", None) is World.sample:
+    if getattr(type(world), "sample", None) in (World.sample, Room.sample):
         _warn(prompt, world.size, world.max_letters, max(world.regions))
 
 

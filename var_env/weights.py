@@ -36,7 +36,7 @@ class Weights(dict[str, Tensor]):
 def save_module(module: nn.Module, path: str | Path, half: bool = False) -> None:
     """Write a module's state dict, with its ``config`` in the metadata, to one safetensors file.
 
-    When the module has a ``tokenizer``, as policies do, the file says which, by `fingerprint` and `form_of`.
+    When the module has a ``tokenizer``, as policies do, the file says which, by `fingerprint`, `form_of` and the world.
 
     ``half`` stores floating-point weights as bfloat16.
 
@@ -52,6 +52,8 @@ def save_module(module: nn.Module, path: str | Path, half: bool = False) -> None
     if isinstance(tokenizer, nn.Module):
         metadata["tokenizer"] = fingerprint(tokenizer)
         metadata["tokenizer_form"] = json.dumps(form_of(tokenizer))
+        if getattr(tokenizer, "world", None) is not None:
+            metadata["world"] = str(tokenizer.world)
     write_tensors(path, weights, metadata)
 
 

@@ -1,6 +1,6 @@
 """The paper's ablations: a table and a figure each, all from the same base policy with the same budget.
 
-    vartext ablate                            # all of them, two seeds: about 90 minutes on two cores
+    vartext ablate                            # all of them, three seeds: about 90 minutes on two cores
     vartext ablate m                          # the middle step: Table 3a and Figure 2
     vartext ablate alpha --fine               # Table 3b, and 0.2 to 1.4 in steps of 0.1
     vartext ablate mp alternation k --seeds 0 1 2 --out runs/ablate
@@ -38,8 +38,8 @@ from agents.experiments.output import require_folder
 from agents.experiments.run_options import Preset, add_run_options, add_settings_option, finish
 
 TABLES = ("m", "alpha", "mp", "alternation", "k")  # see `ablations.TABLES`
-PRESET = Preset(images=6400, test_prompts=512, val_prompts=128)
-SEEDS = [0, 1]
+PRESET = Preset(images=2560, test_prompts=512, val_prompts=128)
+SEEDS = [0, 1, 2]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -15,7 +15,15 @@ from agents.experiments.cells import Cell, Result
 from agents.experiments.options import clear_errors
 from agents.experiments.output import table, write_results
 from agents.experiments.runs import Comparison
-from agents.experiments.tables import scores_of, setting_list, strata_of, with_interval
+from agents.experiments.tables import (
+    complete,
+    repair_table,
+    repaired_by,
+    scores_of,
+    setting_list,
+    strata_of,
+    with_interval,
+)
 from agents.statistics import estimate
 from var_env import ScaleSchedule
 
@@ -151,6 +159,8 @@ by prompt. They do not tell how far another seed would end up: see the thin line
 The paper's rows are of NextFlow, a policy of 7B parameters at 1024 px, on the prompts of CVTG-2K. Compare orders, not
 heights."""
 
+REPAIRED = "Planted faults repaired, 1 - (rate of faults) / (rate of the base policy), by family:"
+
 
 # Cells ---------------------------------------------------------------------------------------------------------------
 
@@ -207,7 +217,9 @@ def write_report(comparison: Comparison, base: Result, found: dict[str, list[Lin
     for name, lines in found.items():
         shown, title = TABLES[name], f"## {TABLES[name].title}"
         printed += [title, markdown(shown.column, base, lines)]
-        text += [title, shown.about, printed[-1], f"![{shown.title}: curves on validation prompts]({name}.png)"]
+        faults = repair_table({line.row.name: repaired_by(base, complete(line.runs)) for line in lines}, shown.column)
+        text += [title, shown.about, printed[-1], *([REPAIRED, faults] if faults else [])]
+        text += [f"![{shown.title}: curves on validation prompts]({name}.png)"]
         legend = {line.runs[0]["agent"]: f"{shown.column} = {line.row.name}" for line in lines}
         figures.draw_curves(
             out / f"{name}.png",

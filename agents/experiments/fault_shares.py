@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from agents import Decoding
+from agents.beside import attributes_by, faults_of
 from agents.experiments.figures import save_figure
 from agents.experiments.jackknife import jackknife_error
 from agents.experiments.output import table
@@ -31,8 +32,8 @@ from agents.rollout import Rollout, collect, resized
 from agents.split_rule import SplitRule, variance_components
 from rewards.text_metrics import normalize
 from var_env import Scene, VARTextVectorEnv
-from var_env.attributes import attributes, chances, counterparts, letter_fates
-from var_env.faults import DEFAULT_FAULTS, FAMILIES, Faults
+from var_env.attributes import chances, counterparts, letter_fates
+from var_env.faults import ALL_FAMILIES, Faults
 from var_env.schedule import ScaleSchedule
 
 PREFIXES, SUFFIXES = 4, 4
@@ -64,13 +65,13 @@ def letters_right(scene: Scene, words_read: Sequence[Sequence[str]], faults: Fau
 
 
 def values_by_prompt(rollout: Rollout, faults: Faults) -> list[dict[str, NDArray[np.float64]]]:
-    """For each prompt and family what was right, 1 or 0, ``(things, IMAGES)``: letters, or a word or an ink or none."""
-    odds = chances(attributes(rollout.images, rollout.scenes, rollout.words_read, faults))
+    """For each prompt and family what was right, 1 or 0, ``(things, IMAGES)``: letters, one an image, or none."""
+    odds = chances(attributes_by(faults, rollout.images, rollout.scenes, rollout.words_read))
     found = []
     for start in range(0, len(rollout.scenes), IMAGES):
         here = slice(start, start + IMAGES)
         values = {"letter": letters_right(rollout.scenes[start], rollout.words_read[here], faults)}
-        for family in ("missing", "colour"):
+        for family in odds.keys() - {"letter"}:
             possible, right = odds[family][:, here]
             values[family] = right[None].astype(np.float64) if possible.all() else np.zeros((0, IMAGES))
         found.append(values)
@@ -109,12 +110,14 @@ def fault_shares(
     scenes: Sequence[Scene],
     decoding: Decoding,
     seed: int = 0,
-    faults: Faults = DEFAULT_FAULTS,
+    faults: Faults | None = None,
 ) -> list[dict[str, Any]]:
     """For each split m its ``tokens`` and the share of each family that its prefix decides, a `Share`.
 
-    Every m of a schedule of at most nine grids; of a longer one, as a raster's, eight that are spread over it.
+    Every m of a schedule of at most nine grids; of a longer one, as a raster's, eight that are spread over it. The
+    faults are by default those of `faults_of`.
     """
+    faults = faults_of(scenes) if faults is None else faults
     generator, sizes, rows = torch.Generator(policy.device).manual_seed(seed), policy.schedule.sizes, []
     for m in tqdm(SplitRule(tuple(sizes)).candidates, "splits", leave=False):
         values = []
@@ -123,7 +126,7 @@ def fault_shares(
             envs = resized(env, len(batch))
             rollout = collect(policy, envs, PREFIXES, decoding, generator, fork_at=(m, SUFFIXES), scenes=batch)
             values += values_by_prompt(rollout, faults)
-        shares = {family: decided_share([of_prompt[family] for of_prompt in values]) for family in FAMILIES}
+        shares = {family: decided_share([of_prompt[family] for of_prompt in values]) for family in values[0]}
         rows.append({"m": m, "tokens": sum(sizes[:m]), **shares})
     return rows
 
@@ -136,19 +139,20 @@ def share_table(rows: Sequence[Mapping[str, Any]], schedule: ScaleSchedule) -> s
             return "no variance"
         return f"{share[0]:.1%}" + (f" +- {share[1]:.1%}" if math.isfinite(share[1]) else "")
 
+    families = [family for family in ALL_FAMILIES if family in rows[0]]
     lines = [
         [f"{row['m']}", f"{row['tokens']}", f"{row['tokens'] / schedule.total_tokens:.1%}"]
-        + [cell(row[family]) for family in FAMILIES]
+        + [cell(row[family]) for family in families]
         for row in rows
     ]
-    return table(["m", "Tokens", "Of all", *(family.capitalize() for family in FAMILIES)], lines)
+    return table(["m", "Tokens", "Of all", *(family.capitalize() for family in families)], lines)
 
 
 def draw_shares(path: Path, rows: Sequence[Mapping[str, Any]], schedule: ScaleSchedule) -> None:
     """The share that the prefix decides against m, a line a family, with standard errors."""
     figure = Figure(figsize=(6.5, 4.5))
     panel = figure.subplots()
-    for family in FAMILIES:
+    for family in [family for family in ALL_FAMILIES if family in rows[0]]:
         known = [(row["m"], *row[family]) for row in rows if row[family] is not None]
         if known:
             m, share, error = np.array(known, np.float64).T

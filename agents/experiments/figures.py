@@ -18,7 +18,7 @@ from agents.experiments.cells import AXES, METRICS, Result
 from agents.experiments.tables import by_agent, complete, scores_of
 from agents.statistics import performance_profile
 from var_env import ScaleSchedule
-from var_env.faults import FAMILIES
+from var_env.faults import ALL_FAMILIES, FAMILIES
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend that needs no window
@@ -167,15 +167,19 @@ def draw_repair(path: Path, out: Path, runs: Sequence[Result]) -> None:
 
     Repaired is 1 - (rate of faults now) / (rate before training), as in `agents.repair`.
     """
-    figure, panels = plt.subplots(1, len(FAMILIES), figsize=(5 * len(FAMILIES), 4), sharex=True, squeeze=False)
     agents = by_agent(runs)
+
+    def curve(family: str, agent: str, run: Result) -> tuple[np.ndarray, np.ndarray]:
+        path = run_folder(out, agent, run["seed"]) / "progress.csv"
+        return read_curve(path, "eval/images", f"repair/{family}")
+
+    known = [f for f in ALL_FAMILIES if any(len(curve(f, agent, run)[0]) for agent, of in agents.items() for run in of)]
+    families = known or FAMILIES
+    figure, panels = plt.subplots(1, len(families), figsize=(5 * len(families), 4), sharex=True, squeeze=False)
     many = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(agents)))
-    for panel, family in zip(panels[0], FAMILIES, strict=True):
+    for panel, family in zip(panels[0], families, strict=True):
         for i, (agent, of_agent) in enumerate(agents.items()):
-            found = [
-                read_curve(run_folder(out, agent, run["seed"]) / "progress.csv", "eval/images", f"repair/{family}")
-                for run in of_agent
-            ]
+            found = [curve(family, agent, run) for run in of_agent]
             stopped = [run.get("stopped_at") for run in of_agent]
             draw_agent(panel, found, agent, f"C{i}" if len(agents) <= 4 else many[i], stopped)
         panel.axhline(0, color="grey", linewidth=0.8)

@@ -21,7 +21,7 @@ from agents.experiments import stored_results, tables
 from agents.experiments.cells import AXES, METRICS, Result
 from agents.experiments.output import write_text
 from agents.statistics import estimate
-from var_env.faults import FAMILIES
+from var_env.faults import ALL_FAMILIES
 
 HERE = Path(__file__).parent / "page"
 # Okabe and Ito's colours, without those that vanish on white or on black; the blue is lighter.
@@ -56,7 +56,7 @@ def page(folder: Path) -> str:
         "agents": agents_of(folder, base, runs),
         "axes": AXES,
         "metrics": METRICS,
-        "families": list(FAMILIES),
+        "families": list(ALL_FAMILIES),
         "intervals": intervals(content),
         "repaired": repaired(content),
         "groups": content.get("tables", {}),
@@ -136,7 +136,7 @@ def intervals(content: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
 def repaired(content: Mapping[str, Any]) -> dict[str, dict[str, list[float | None]]]:
     """For each family of faults and agent the share repaired, with its interval, where the results tell it."""
     found: dict[str, dict[str, list[float | None]]] = {}
-    for family in FAMILIES:
+    for family in ALL_FAMILIES:
         for agent, of in content.get("summary", {}).items():
             value = of.get("repaired", {}).get(family)
             if value is not None and not math.isnan(value[0]):

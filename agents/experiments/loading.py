@@ -17,11 +17,29 @@ from agents.saving.folder import SUMS
 from var_env import VARTextVectorEnv
 from var_env.prompts import PromptWorld
 from var_env.tokenizers import load_tokenizer
+from var_env.worlds import SMALL, named_world
 
 
 def load_policy(args: argparse.Namespace) -> Policy:
-    """The policy that ``--policy``, ``--tokenizer`` and ``--device`` name, on its device with its tokenizer."""
-    return policy_at(args.policy, args.tokenizer, args.device)
+    """The policy that ``--policy``, ``--world``, ``--tokenizer`` and ``--device`` name, with its tokenizer.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `policy_at`; a world that is unknown, without a shipped policy when none
+            is given, or another one than the policy's.
+    """
+    path = args.policy
+    if args.world is not None:
+        name = named_world(args.world).policy
+        if path is None and name not in policies.SHIPPED:
+            raise ValueError(
+                f"no policy is shipped for the world {args.world!r}: give one with --policy FILE, which `vartext "
+                f"pretrain --world {args.world} policy` makes"
+            )
+        path = args.policy = Path(name) if path is None else path
+    policy = policy_at(path, args.tokenizer, args.device)
+    if args.world not in (None, own := policy.tokenizer.world or SMALL):
+        raise ValueError(f"--world {args.world}: the policy {path} is of the world {own!r}: leave out --world")
+    return policy
 
 
 def policy_at(path: Path | None, tokenizer: Path | None = None, device: str = "auto") -> Policy:
@@ -54,8 +72,10 @@ def policy_at(path: Path | None, tokenizer: Path | None = None, device: str = "a
 def make_env(
     policy: Policy, num_envs: int = 1, split: str = "train", regions: dict[int, float] | None = None, **options: Any
 ) -> VARTextVectorEnv:
-    """Environments of the policy's tokenizer and image size; ``options`` are the environment's, as ``reward`` is."""
+    """Environments of the policy's tokenizer, world and image size; ``options`` are theirs, as ``reward`` is."""
     tokenizer = policy.tokenizer
+    if options.get("prompts") is None:
+        options["world"] = tokenizer.world
     envs = VARTextVectorEnv(
         num_envs, split=split, regions=regions, size=tokenizer.image_size, tokenizer=tokenizer, **options
     )

@@ -115,13 +115,18 @@ def add_track_option(parser: Parser) -> None:
 
 
 def add_model_options(parser: Parser) -> None:
-    """``--policy``, ``--tokenizer`` and ``--device``, for `load_policy`."""
+    """``--policy``, ``--world``, ``--tokenizer`` and ``--device``, for `load_policy`."""
     parser.add_argument(
         "--policy",
         type=Path,
         metavar="PATH_OR_NAME",
         help="the policy: a .safetensors file, an agent's .zip or checkpoint folder, or a shipped one: base, plain (no "
         "planted faults), raster, raster_plain (default: base)",
+    )
+    parser.rare.add_argument(
+        "--world",
+        metavar="NAME",
+        help="the rendered world, small or room (default: that of the policy, which is made for one)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.rare.add_argument(

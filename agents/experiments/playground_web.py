@@ -26,7 +26,6 @@ from agents.sampling import Decoding
 from rewards import make
 from rewards.reason import reason
 from rewards.serving.address import is_loopback, listen
-from var_env.scenes import World
 from var_env.seeding import as_seed
 
 if TYPE_CHECKING:
@@ -221,9 +220,7 @@ def run(args: argparse.Namespace) -> int:
             for path in args.policies:
                 given[str(path)] = Player(policy_at(path, device=args.device), reward)
         world = next(iter(given.values())).envs.world
-        prompt = (
-            args.prompt if args.prompt is not None else World(world.size).sample(np.random.default_rng(seed)).prompt
-        )
+        prompt = args.prompt if args.prompt is not None else world.sample(np.random.default_rng(seed)).prompt
         start = {"prompt": prompt, "policy": str(args.policy or "base"), "seed": seed, **vars(decoding)}
         app = create_app(Players(given, reward, args.device), start)
         host, number = listening.getsockname()[:2]

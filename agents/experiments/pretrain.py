@@ -6,6 +6,7 @@
     vartext pretrain policy --faults --start plain.safetensors  # goes on with planted faults
     vartext pretrain policy --policy qwen # a decoder of the transformers library in its place
     vartext pretrain export               # bf16 copies into the packages, with their cards
+    vartext pretrain --world room tokenizer --out runs/room  # each stage for the larger world, see docs/room.md
 
 Every stage checkpoints into ``--out`` and goes on from there when it is called again. Scenes are drawn from the seed
 as they are needed and never stored. Only torch, numpy, pillow and safetensors are needed; with tensorboard installed
@@ -25,6 +26,7 @@ from agents.experiments.output import require_folder
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, "vartext pretrain")
     parser.add_argument("stage", choices=("tokenizer", "policy", "export"), help="what to train, or to copy")
+    parser.add_argument("--world", default="small", metavar="NAME", help="small, or room, the larger one (%(default)s)")
     parser.add_argument(
         "--schedule",
         choices=("scales", "raster"),
@@ -58,6 +60,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.rare.add_argument("--layers", type=int, default=6, help="of the policy (%(default)s)")
     parser.rare.add_argument("--heads", type=int, default=3, help="of the policy (%(default)s)")
     parser.add_argument("--start", type=Path, help="a policy's weights to start from, in place of random ones")
+    parser.rare.add_argument(
+        "--blocks-of",
+        metavar="PATH_OR_NAME",
+        help="start from the text encoder and the blocks of a policy, a .safetensors file or a shipped one such as "
+        "plain, whose tokenizer may be another; what belongs to the tokenizer is random",
+    )
     parser.add_argument(
         "--faults",
         nargs="?",
@@ -88,12 +96,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.rare.add_argument("--save-every", type=int, default=250, help="steps (%(default)s)")
     parser.rare.add_argument("--image-every", "--picture-every", type=int, default=500, help="steps (%(default)s)")
     args = parser.parse_args(argv)
-    from var_env.faults import Faults  # not above, as in `main`
+    from var_env.worlds import named_world  # not above, as in `main`
 
     try:
-        args.faults = Faults.load(args.faults)
+        args.faults = named_world(args.world).faults.load(args.faults)
     except ValueError as error:
         parser.error(str(error))
+    if args.blocks_of is not None and (args.start is not None or args.policy != "var_text"):
+        parser.error("--blocks-of starts a new var_text: leave out --start and --policy")
     if not 0 < args.decay <= 1:
         parser.error(f"--decay is a share above 0 and at most 1, got {args.decay}")
     if not args.temperature > 0:

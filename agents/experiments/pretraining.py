@@ -21,31 +21,45 @@ try:
 except ImportError:  # a borrowed machine may have torch alone
     SummaryWriter = None  # type: ignore[assignment, misc]
 
+from agents import policies
 from agents.experiments import run_file
-from agents.policies import load_policy
+from agents.experiments.options import clear_errors
 from agents.policies.base import Policy
 from agents.policies.var_text import VARTextPolicy
 from agents.sampling import Decoding, draw
 from var_env.faults import Faults
-from var_env.scenes import Scene, World, render
+from var_env.scenes import MAX_PROMPT_BYTES, Scene, World, render
 from var_env.schedule import ScaleSchedule
 from var_env.tokenizers import Tokenizer, load_tokenizer
 from var_env.tokenizers.base import VisualTokenizer, from_unit, to_unit
 from var_env.tokenizers.bits import BitTokenizer, bit_entropies
 from var_env.tokenizers.raster import RasterTokenizer
-from var_env.tokenizers.residual import DEFAULT_SCHEDULE
+from var_env.weights import load_config_and_weights
+from var_env.worlds import SMALL, make_world, named_world
 
 if TYPE_CHECKING:
     from agents.policies.qwen import QwenPolicy
 
 
-COMMON, SHARES = ("schedule", "seed", "batch"), ("decay", "swap", "drop_prompt")
+COMMON, SHARES = ("world", "schedule", "seed", "batch"), ("decay", "swap", "drop_prompt")
 STEPS = ("policy_steps", "policy_lr", "optimizer")
 OF_STAGE = {  # options that make a stage's run what it is
     "tokenizer": (*COMMON, "vocab_size", "bits", "tokenizer_steps", "tokenizer_lr"),
-    "policy": (*COMMON, "policy", "width", "layers", "heads", "start", *STEPS, "faults", *SHARES),
+    "policy": (*COMMON, "policy", "width", "layers", "heads", "start", "blocks_of", *STEPS, "faults", *SHARES),
 }
-FIXED = ("schedule", "vocab_size", "bits", "policy", "width", "layers", "heads", "start", "optimizer")
+FIXED = (
+    "world",
+    "schedule",
+    "vocab_size",
+    "bits",
+    "policy",
+    "width",
+    "layers",
+    "heads",
+    "start",
+    "blocks_of",
+    "optimizer",
+)
 
 
 class SceneStream(torch.utils.data.IterableDataset):
@@ -54,9 +68,8 @@ class SceneStream(torch.utils.data.IterableDataset):
     Batch i is drawn from ``(seed, i)`` alone, so a resumed run draws the same.
     """
 
-    def __init__(self, batch: int, seed: int, start: int, faults: Faults) -> None:
-        self.batch, self.seed, self.start, self.faults = batch, seed, start, faults
-        self.world = World(split="train")
+    def __init__(self, batch: int, seed: int, start: int, faults: Faults, world: World) -> None:
+        self.batch, self.seed, self.start, self.faults, self.world = batch, seed, start, faults, world
         faults.check_world(self.world)
 
     def __iter__(self) -> Iterator[tuple[list[Scene], Tensor]]:
@@ -69,11 +82,21 @@ class SceneStream(torch.utils.data.IterableDataset):
             i += 1
 
 
-def ink_weight(images: Tensor, scenes: list[Scene], weight: float) -> Tensor:
-    """Loss weights ``(B, 1, S, S)``: `weight` on pixels that are not the ground's colour, else 1."""
-    ground = torch.tensor([scene.ground for scene in scenes], dtype=torch.uint8, device=images.device)
-    ink = (images != ground[:, None, None, :]).any(-1)  # (B, S, S)
-    return 1 + (weight - 1) * ink.float().unsqueeze(1)
+def text_weight(images: Tensor, scenes: list[Scene], weight: float, cells: bool) -> Tensor:
+    """Loss weights ``(B, 1, S, S)``: `weight` on pixels that are not the ground's colour, else 1.
+
+    With `cells`, on all pixels of the words' boxes. With the ink alone it costs little to draw too much of it, and of
+    small glyphs an F becomes an E, and a P an R.
+    """
+    if cells:
+        text = torch.zeros(images.shape[:3], dtype=torch.bool, device=images.device)  # (B, S, S)
+        for row, scene in zip(text, scenes, strict=True):
+            for x0, y0, x1, y1 in scene.boxes:
+                row[y0:y1, x0:x1] = True
+    else:
+        ground = torch.tensor([scene.ground for scene in scenes], dtype=torch.uint8, device=images.device)
+        text = (images != ground[:, None, None, :]).any(-1)  # (B, S, S)
+    return 1 + (weight - 1) * text.float().unsqueeze(1)
 
 
 class EmaCodebook:
@@ -184,7 +207,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
             quantised = features
         with torch.autocast(args.device, dtype=torch.bfloat16):
             image = tokenizer.decoder(quantised)
-        weight = ink_weight(images, scenes, 5.0)
+        weight = text_weight(images, scenes, 5.0, named_world(args.world).weigh_cells)
         error = (weight * (image.float() - x).square()).mean() / weight.mean()
         (error + 0.25 * commitment + smoothing + penalty).backward()
         run.take_step()
@@ -198,12 +221,12 @@ def train_tokenizer(args: argparse.Namespace) -> None:
 
 def new_tokenizer(args: argparse.Namespace) -> Tokenizer | BitTokenizer:
     """Random weights; for a raster, one scale of as many tokens as the finest scale has."""
-    schedule = DEFAULT_SCHEDULE
+    schedule, world = named_world(args.world).schedule, None if args.world == SMALL else args.world
     if args.bits:
-        return BitTokenizer(schedule, args.bits)
+        return BitTokenizer(schedule, args.bits, world=world)
     if args.schedule == "raster":
-        schedule = ScaleSchedule([DEFAULT_SCHEDULE.canvas], DEFAULT_SCHEDULE.patch)
-    return Tokenizer(schedule, args.vocab_size)
+        schedule = ScaleSchedule([schedule.canvas], schedule.patch)
+    return Tokenizer(schedule, args.vocab_size, world=world)
 
 
 def steps_of(tokenizer: Tokenizer | BitTokenizer, args: argparse.Namespace) -> VisualTokenizer:
@@ -214,8 +237,10 @@ def steps_of(tokenizer: Tokenizer | BitTokenizer, args: argparse.Namespace) -> V
 def train_policy(args: argparse.Namespace) -> None:
     """Teacher forcing on the tokenizer's grids, a few of the written codes swapped, the prompt dropped at times."""
     torch.manual_seed(args.seed)
-    tokenizer: Any = load_tokenizer(args.out / "tokenizer.safetensors").to(args.device)  # one of train_tokenizer's
-    policy = new_policy(args, tokenizer).to(args.device)
+    with clear_errors():
+        tokenizer: Any = load_tokenizer(args.out / "tokenizer.safetensors").to(args.device)  # one of train_tokenizer's
+        check_tokenizer(args, tokenizer)
+        policy = new_policy(args, tokenizer).to(args.device)
     run = Run(args, "policy", policy, optimizers_of(policy, args.optimizer))
     run.resume()
     forward = torch.compile(policy.from_features) if args.compile else policy.from_features
@@ -229,10 +254,10 @@ def train_policy(args: argparse.Namespace) -> None:
         # Swapped codes teach a policy to correct itself. At the end they would only blur what it is sure of.
         written, labels = tokenizer.quantise(encoded, args.swap * shape(step, args.policy_steps), generator)
         cond: Any = policy.encode_prompts([scene.prompt for scene in scenes])
-        dropped = torch.rand(len(scenes), 1, generator=generator, device=args.device) < args.drop_prompt
-        cond = type(cond)(
-            *(torch.where(dropped, null, part) for null, part in zip(policy.null_cond(cond), cond, strict=True))
-        )
+        if args.drop_prompt:
+            dropped = torch.rand(len(scenes), 1, generator=generator, device=args.device) < args.drop_prompt
+            pairs = zip(policy.null_cond(cond), cond, strict=True)
+            cond = type(cond)(*(torch.where(dropped, null, part) for null, part in pairs))
         features = torch.cat(tokenizer.read_all(written, steps[-1], len(scenes)), dim=1)
         logits = forward(cond, features, steps)  # (B, L, D, V)
         loss = F.cross_entropy(logits.flatten(0, 2), torch.cat(labels, dim=1).flatten(), reduction="none")
@@ -248,21 +273,61 @@ def train_policy(args: argparse.Namespace) -> None:
             **{f"scale/{name}": part.mean() for (name, _), part in zip(bands, per_band, strict=True)},
         )
         if run.is_time_for_images(step):
-            held_out = World(split="val")
+            held_out = make_world(args.world, "val")
             shown = [held_out.sample(np.random.default_rng(i)) for i in range(8)]
             run.image(step, sample_images(policy, [s.prompt for s in shown], generator))
     policy.save(args.out / "policy.safetensors")
 
 
+def check_tokenizer(args: argparse.Namespace, tokenizer: VisualTokenizer) -> None:
+    """``ValueError`` when the tokenizer in ``--out`` is for another world than ``--world``."""
+    world = tokenizer.world or SMALL
+    if world != args.world:
+        raise ValueError(
+            f"--world {args.world}: the tokenizer in {args.out} is of the world {world!r}: give --world {world}, or "
+            "another --out"
+        )
+
+
 def new_policy(args: argparse.Namespace, tokenizer: VisualTokenizer) -> VARTextPolicy | QwenPolicy:
-    """Random weights, or those of ``--start``."""
+    """Random weights, those of ``--start``, or a part of those of ``--blocks-of``."""
     if args.start is not None:
-        return load_policy(args.start, tokenizer)  # type: ignore[return-value]
+        start = policies.load_policy(args.start, tokenizer)
+        if isinstance(start, VARTextPolicy) and args.drop_prompt > 0:
+            start.config["null_prompt"] = True  # from now on
+        return start  # type: ignore[return-value]
     if args.policy == "qwen":
         from agents.policies.qwen import QwenPolicy
 
         return QwenPolicy.small(tokenizer, args.width, args.layers, args.heads)
-    return VARTextPolicy(tokenizer, args.width, args.layers, args.heads)
+    policy = VARTextPolicy(tokenizer, args.width, args.layers, args.heads, null_prompt=args.drop_prompt > 0)
+    if args.blocks_of is not None:
+        take_blocks(policy, args.blocks_of)
+    return policy
+
+
+def take_blocks(policy: VARTextPolicy, path: str) -> None:
+    """Give a policy the text encoder and the blocks of another one of its size, on any tokenizer.
+
+    Args:
+        path: the file, or a shipped policy's name.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is of another size.
+    """
+    file = (
+        Path(policies.__file__).parent / "assets" / f"{path}.safetensors"
+        if path in policies.SHIPPED and not Path(path).is_file()
+        else Path(path)
+    )
+    config, weights = load_config_and_weights(file, policies.MAKER)
+    for name, value in ({"prompt_bytes": MAX_PROMPT_BYTES} | config).items():  # an earlier file has no prompt_bytes
+        if name in ("width", "layers", "heads", "prompt_bytes") and value != policy.config[name]:
+            raise ValueError(
+                f"--blocks-of {path}: its {name} is {value}, and that of the new policy {policy.config[name]}"
+            )
+    blocks = {name: weight for name, weight in weights.items() if name.startswith(("text.", "blocks.", "norm."))}
+    policy.load_state_dict(blocks, strict=False)
 
 
 @torch.no_grad()
@@ -381,8 +446,9 @@ class Run:
     def steps(self, total: int, peak: float, shape: Callable[[int, int], float]) -> Iterator[tuple[int, Any]]:
         """Numbered batches, with the learning rate set to `peak` times `shape(step, total)`."""
         args = self.args
-        faults = args.faults if self.name == "policy" else Faults()  # a tokenizer has no prompt to deviate from
-        scenes = SceneStream(self.batch, args.seed, self.first, faults)
+        entry = named_world(args.world)
+        faults = args.faults if self.name == "policy" else entry.faults()  # a tokenizer has no prompt to deviate from
+        scenes = SceneStream(self.batch, args.seed, self.first, faults, make_world(args.world))
         stream = torch.utils.data.DataLoader(scenes, batch_size=None, num_workers=args.workers)
         self.clock = time.monotonic()
         for step, batch in zip(range(self.first, total), stream, strict=False):
@@ -428,14 +494,23 @@ def export(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.out / "tokenizer.safetensors")
     if not isinstance(tokenizer, Tokenizer | RasterTokenizer):
         raise SystemExit(f"the packages have no place for a {type(tokenizer).__name__}: use its file where it is")
-    policy = load_policy(args.out / "policy.safetensors", tokenizer)
+    policy = policies.load_policy(args.out / "policy.safetensors", tokenizer)
     if not isinstance(policy, VARTextPolicy):
         raise SystemExit(f"the packages have no place for a {type(policy).__name__}: use its file where it is")
     # Cross-entropy on images of swapped codes leaves a policy a little less sure than what it draws has to be.
     policy.set_temperature(args.temperature)
-    names = {"scales": ("tokenizer", "base"), "raster": ("raster_tokenizer", "raster")}[args.schedule]
-    root, shipped = Path(__file__).parents[2], f"var_env/assets/{names[0]}.safetensors"
-    weights = f"agents/policies/assets/{names[1]}.safetensors"
+    entry = named_world(args.world)
+    if args.schedule == "raster" and args.world != SMALL:
+        raise SystemExit(
+            f"the packages have no place for a raster of the world {args.world!r}: use its files where they are"
+        )
+    names = {"scales": (entry.tokenizer, entry.policy), "raster": ("raster_tokenizer.safetensors", "raster")}
+    file, name = names[args.schedule]
+    root, shipped, weights = (
+        Path(__file__).parents[2],
+        f"var_env/assets/{file}",
+        f"agents/policies/assets/{name}.safetensors",
+    )
     tokenizer.save(root / shipped, half=True)
     policy.save(root / weights, half=True)
     print(f"wrote {shipped} and {weights}")

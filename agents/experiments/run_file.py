@@ -23,11 +23,13 @@ NAME = "run.json"
 DECODING = ("temperature", "top_k", "top_p", "guidance")
 WORLD = ("regions", "prompts_from", "reward", "reward_kwargs")
 FILES = ("policy", "tokenizer", "prompts_from")  # options whose value is a path, or can be one
-FIXED = ("agent", "policy", "tokenizer", "seed", "lora")  # of the checkpoint, and of no use to an agent that is there
+# Of the checkpoint, and of no use to an agent that is there.
+FIXED = ("agent", "policy", "world", "tokenizer", "seed", "lora")
 JUDGING = (*WORLD, *DECODING, "prompts", "eval_prompts")  # by these the best policy is chosen
 COUNTS = {"images": 6400, "save_every": 20, "save_total": 2, "eval_every": 20, "eval_prompts": 64}  # at least 1
 DEFAULTS = COUNTS | {"agent": "grpo", "seed": 0, "reward": "ocr", "reward_kwargs": {}}  # where a run does not tell
-NAMES = ("agent", "policy", "tokenizer", "seed", "plugin", *WORLD, *DECODING, "schedule", "warmup", "track", *COUNTS)
+OF_RUN = ("schedule", "warmup", "track", *COUNTS)
+NAMES = ("agent", "policy", "world", "tokenizer", "seed", "plugin", *WORLD, *DECODING, *OF_RUN)
 
 
 def plain(name: str, value: Any) -> Any:

@@ -88,6 +88,8 @@ class Comparison:
         self.test = held_out_scenes(self.env.world, self.settings.test_prompts, SCENE_SEED, judged_on)
         self.val = held_out_scenes(self.env.world, self.settings.val_prompts, SCENE_SEED, "val")
         self.decoding = sampler_of(vars(self.settings), evaluating=True)
+        if self.decoding.guided:
+            self.base.null_cond(self.base.encode_prompts([self.test[0].prompt]))  # a policy without one says so now
         # All that defines the experiment, what was not given included: runs of one folder have it in common.
         self.config = dataclasses.asdict(self.settings) | {
             "base_weights": fingerprint(self.base),

@@ -16,7 +16,7 @@ from PIL import Image
 from agents.experiments import figures
 from agents.experiments.cells import AXES, METRICS, Result
 from agents.experiments.output import FORMAT
-from var_env.faults import FAMILIES
+from var_env.faults import ALL_FAMILIES
 
 AGAIN = "the command that made it, with the same --out, writes what is missing"
 OF_RUN = ("agent", "seed", "metrics", "prompts")
@@ -26,7 +26,7 @@ CURVES = {  # the columns of progress.csv by what they are of: the axes, then wh
         {axis: f"budget/{axis}" for axis in AXES},
         {name: f"rollout/{name}" for name in ("reward", "word_accuracy")},
     ),
-    "repair": ({axis: f"eval/{axis}" for axis in AXES}, {family: f"repair/{family}" for family in FAMILIES}),
+    "repair": ({axis: f"eval/{axis}" for axis in AXES}, {family: f"repair/{family}" for family in ALL_FAMILIES}),
 }
 POINTS = 300  # at most, of a curve
 Curve = dict[str, list[float]]  # each axis, and "y"

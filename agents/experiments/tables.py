@@ -26,7 +26,7 @@ from agents.experiments.cells import METRICS, Result
 from agents.experiments.output import table
 from agents.repair import repaired
 from agents.statistics import Components, difference, estimate, iqm, probability_of_improvement
-from var_env.faults import FAMILIES
+from var_env.faults import ALL_FAMILIES
 from var_env.scenes import quoted_words
 
 POWER = 0.8  # of the smallest difference that a comparison could have seen
@@ -106,13 +106,13 @@ def summarise(base: Result, runs: Sequence[Result]) -> dict[str, Any]:
                 entry["better_than_first"] = probability_of_improvement(scores, other, strata=strata)
             found[agent][metric] = entry
         found[agent]["iqm"] = estimate(scores_of(of, "reward"), iqm, strata=strata)
-        found[agent] |= repair(base, of)
+        found[agent] |= repaired_by(base, of)
     return found
 
 
-def repair(base: Result, runs: Sequence[Result]) -> dict[str, Any]:
-    """``repaired``, the share of each family of planted faults that an agent has repaired; empty if not measured."""
-    if not all(run.get("beside") for run in (base, *runs)):
+def repaired_by(base: Result, runs: Sequence[Result]) -> dict[str, Any]:
+    """``repaired``, by family (share, low, high), of an agent's runs; nothing where it was not measured."""
+    if not runs or not all(run.get("beside") for run in (base, *runs)):
         return {}
     records = [plain([run["beside"] for run in group]) for group in ([base], runs)]
     return {"repaired": repaired(*records, strata=strata_of(base))}
@@ -171,20 +171,15 @@ def beside_table(base: Result, runs: Sequence[Result]) -> str:
     return table(["Policy", *BESIDE.values(), "KL to base, nats an image"], rows) if rows else ""
 
 
-def repair_table(summary: Mapping[str, Any]) -> str:
-    """One line an agent: the share of each family of faults that it has repaired, or nothing where there are none."""
+def repair_table(summary: Mapping[str, Any], header: str = "Agent") -> str:
+    """One line an agent, or what ``header`` says: the share of each family of faults repaired; nothing without any."""
+    known = {agent: of["repaired"] for agent, of in summary.items() if "repaired" in of}
+    families = [family for family in ALL_FAMILIES if any(family in of for of in known.values())]  # of the world
     rows = [
-        [
-            agent,
-            *(
-                "" if math.isnan(of["repaired"][family][0]) else with_interval(of["repaired"][family])
-                for family in FAMILIES
-            ),
-        ]
-        for agent, of in summary.items()
-        if "repaired" in of
+        [agent, *("" if math.isnan(of[family][0]) else with_interval(of[family]) for family in families)]
+        for agent, of in known.items()
     ]
-    return table(["Agent", *FAMILIES], rows) if rows else ""
+    return table([header, *families], rows) if rows else ""
 
 
 def power_text(base: Result, runs: Sequence[Result]) -> str:

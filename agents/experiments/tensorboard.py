@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from agents.experiments.cells import METRICS, Result
 from agents.logs import WITHOUT_IMAGES
-from var_env.faults import FAMILIES
+from var_env.faults import ALL_FAMILIES
 
 
 def record_hparams(logger: Logger, settings: Mapping[str, Any], result: Result) -> None:
@@ -28,7 +28,7 @@ def record_hparams(logger: Logger, settings: Mapping[str, Any], result: Result) 
 def write_layout(folder: Path) -> None:
     """The CUSTOM SCALARS page: held-out curves of all runs side by side, against images decoded."""
     curves = {title: ["Multiline", [f"eval/{name}"]] for name, title in METRICS.items()}
-    repair = {f"{family}: share repaired": ["Multiline", [f"repair/{family}"]] for family in FAMILIES}
+    repair = {f"{family}: share repaired": ["Multiline", [f"repair/{family}"]] for family in ALL_FAMILIES}
     spent = {name: ["Multiline", [f"budget/{name}"]] for name in ("tokens", "updates", "seconds")}
     with SummaryWriter(str(folder)) as writer:
         writer.add_custom_scalars({"Held-out prompts": curves, "Planted faults": repair, "Spent": spent})

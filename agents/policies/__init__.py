@@ -33,7 +33,7 @@ def load_policy(path: str | Path | None = None, tokenizer: VisualTokenizer | Non
     Args:
         path: of the file; or the name of a shipped policy, one of `SHIPPED`, which brings its tokenizer; ``None`` is
             "base".
-        tokenizer: what it was trained on; the shipped tokenizer by default.
+        tokenizer: what it was trained on; by default the shipped tokenizer of its world.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -42,7 +42,8 @@ def load_policy(path: str | Path | None = None, tokenizer: VisualTokenizer | Non
     from agents.policies.base import Policy
     from agents.policies.var_text import VARTextPolicy
     from var_env.tokenizers import load_tokenizer
-    from var_env.weights import check_form, saved_class
+    from var_env.weights import check_form, read_metadata, saved_class
+    from var_env.worlds import shipped_tokenizer
 
     name = "base" if path is None else str(path)
     if name in SHIPPED and not Path(name).is_file():
@@ -53,5 +54,7 @@ def load_policy(path: str | Path | None = None, tokenizer: VisualTokenizer | Non
             return VARTextPolicy.load(file, tokenizer)
     assert path is not None
     policy = saved_class(path, Policy, POLICIES, MAKER)
+    if tokenizer is None and (world := read_metadata(path, MAKER).get("world")):
+        tokenizer = load_tokenizer(shipped_tokenizer(world))
     check_form(path, tokenizer or load_tokenizer(), MAKER)
     return policy.load(path, tokenizer)

@@ -30,6 +30,7 @@ from var_env.scenes import CELL_HEIGHT, LATTICE, MAX_PROMPT_BYTES, World, encode
 from var_env.tokenizers import load_tokenizer
 from var_env.tokenizers.base import VisualTokenizer
 from var_env.weights import load_config_and_weights, load_weights, save_module
+from var_env.worlds import make_world
 
 START = 1  # the byte value of the start-of-text token; 0 pads
 MAX_WORDS, MAX_PLACE = 8, 16
@@ -73,6 +74,8 @@ class VARTextPolicy(Policy):
         gradient_checkpointing: recompute the blocks in the backward pass, for less memory.
         precision: "auto", "bf16" or "fp32", see `Policy`.
         lora: options of `add_lora`, for a policy with low-rank adapters.
+        null_prompt: whether some of the samples that it learns from have no prompt. Without, there is nothing to guide
+            away from, and guidance is refused.
     """
 
     lora_targets = ("qkv", "text_kv", "attention_out", "mlp_in", "mlp_out")  # of all blocks, the text encoder's too
@@ -91,6 +94,7 @@ class VARTextPolicy(Policy):
         gradient_checkpointing: bool = False,
         precision: str = "auto",
         lora: Mapping[str, Any] | None = None,
+        null_prompt: bool = True,
     ) -> None:
         super().__init__(tokenizer, precision)
         if attention not in ATTENTION:
@@ -103,6 +107,7 @@ class VARTextPolicy(Policy):
             "prompt_bytes": prompt_bytes,
             "gradient_checkpointing": gradient_checkpointing,
             "precision": precision,
+            "null_prompt": null_prompt,
         }
         self.heads, self.attention = heads, attention
         self.prompt_bytes, self.gradient_checkpointing = prompt_bytes, gradient_checkpointing
@@ -137,6 +142,11 @@ class VARTextPolicy(Policy):
         return Cond(*torch.from_numpy(batch).to(self.device))  # 3 x (B, P)
 
     def null_cond(self, cond: Cond) -> Cond:
+        if not self.config["null_prompt"]:
+            raise ValueError(
+                "this policy has never seen an empty prompt (null_prompt=False), so classifier-free guidance would "
+                "guide away from noise: leave guidance at 1, or pretrain with vartext pretrain policy --drop-prompt 0.1"
+            )
         start_only = torch.zeros_like(cond.bytes)
         start_only[:, 0] = START
         return Cond(start_only, torch.zeros_like(cond.word), torch.zeros_like(cond.place))
@@ -249,8 +259,10 @@ class VARTextPolicy(Policy):
         return dict(zip(names, self.temperatures(), strict=True))
 
     def trained_on(self) -> World | None:
-        """The rendered world of its images' size; ``None`` where there is none of that size."""
+        """The rendered world that its tokenizer names, or else the small one at its images' size, if there is one."""
         size = self.tokenizer.image_size
+        if self.tokenizer.world is not None:
+            return make_world(self.tokenizer.world, size=size)
         return World(size) if size >= 2 * CELL_HEIGHT and size % LATTICE == 0 else None
 
     def _runs(self, text_bias: Tensor, tokens: int) -> list[Run]:

@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparison = Comparison(args)
 
     def write(base: Result, runs: list[Result]) -> str:
-        repaired = tables.repair_table({arm: tables.repair(base, of) for arm, of in tables.by_agent(runs).items()})
+        by_arm = {arm: tables.repaired_by(base, of) for arm, of in tables.by_agent(runs).items()}
+        repaired = tables.repair_table(by_arm, "Arm")
         found = relabelled(comparison, runs)
         sections = ["## Planted faults repaired", repaired] if repaired else []
         sections += ["## Images relabelled", relabelled_table(found)] if found else []

@@ -27,7 +27,7 @@ from agents.logs import Tokens
 from agents.losses import TokenWeights
 from agents.rollout import Rollout
 from rewards.components import Component
-from var_env import ScaleSchedule
+from var_env import ScaleSchedule, World
 from var_env.scenes import Scene, split_of
 
 TOKENS = ("letters", "all")
@@ -43,7 +43,7 @@ def right_scene(
     words: Sequence[str],
     confidences: Sequence[float],
     lines: np.ndarray,
-    world: Any,
+    world: World,
     certainty: float,
 ) -> Scene | None:
     """The scene whose prompt an image is a right answer to: the same template and colours with the words that it shows.
@@ -52,7 +52,7 @@ def right_scene(
         scene: what the image was drawn for.
         words, confidences: what was read in it and how surely, 0 to 1.
         lines: the boxes of the lines read, ``(n, 4)``, xyxy in pixels.
-        world: draws the scenes: with the attributes ``regions``, ``max_letters`` and ``split`` of `World`.
+        world: draws the scenes.
         certainty: the least confidence of a word.
 
     Returns:
@@ -74,7 +74,7 @@ def right_scene(
     return replace(scene, prompt=scene.prompt.replace(asked, shown), words=read, boxes=())
 
 
-def could_ask(world: Any, words: Sequence[str]) -> bool:
+def could_ask(world: World, words: Sequence[str]) -> bool:
     """Whether a world's prompts may ask for these words: their number, their letters, and their split.
 
     Words of another split are left out, or held-out words would leak into training.
@@ -128,8 +128,8 @@ class Hindsight(GRPO):
         policy, env: and more keywords, as in `GRPO`.
 
     Raises:
-        ValueError: a coefficient below 0, a certainty outside 0 to 1, or an environment whose world is not such as
-            `World`; in learning, ``hindsight_tokens="letters"`` with a reward that does not tell letters apart.
+        ValueError: a coefficient below 0, a certainty outside 0 to 1, or an environment whose world has prompts
+            of its own; in learning, ``hindsight_tokens="letters"`` with a reward that does not tell letters apart.
     """
 
     relabelled: Relabelled | None = None  # while an update descends
@@ -159,11 +159,10 @@ class Hindsight(GRPO):
     def _bind(self, env: Any) -> None:
         super()._bind(env)
         assert self.env is not None
-        missing = [name for name in ("regions", "max_letters", "split") if not hasattr(self.env.world, name)]
-        if missing:
+        if getattr(type(self.env.world), "sample", None) is not World.sample:
             raise ValueError(
-                f"hindsight writes prompts as var_env.World does, and {type(self.env.world).__name__} has no "
-                f"{missing[0]}: use an environment of that world, or grpo"
+                f"hindsight writes prompts as var_env.World does, and {type(self.env.world).__name__} has its own: use "
+                "an environment of that world, or grpo"
             )
 
     def descend(self, rollout: Rollout, advantages: Tensor, steps: range) -> tuple[list[Tokens], list[float]]:

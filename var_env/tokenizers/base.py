@@ -30,6 +30,7 @@ class VisualTokenizer(nn.Module, HubMixin, ABC):
         depth: D, codes a token: 1 for vector quantisers, the number of bits for bitwise ones, which have V = 2.
         channels: C, of the features that `read` gives.
         config: what the constructor takes, in JSON's types; kept in files.
+        world: the name of the rendered world that it was trained on, see ``var_env/worlds.py``; ``None`` is unknown.
     """
 
     schedule: ScaleSchedule
@@ -37,6 +38,7 @@ class VisualTokenizer(nn.Module, HubMixin, ABC):
     channels: int
     config: dict[str, Any]
     depth: int = 1
+    world: str | None = None
     hub_kind, hub_loader = "tokenizer", ("var_env.tokenizers", "VisualTokenizer")
 
     @property

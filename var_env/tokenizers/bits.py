@@ -24,6 +24,7 @@ class BitTokenizer(MultiScaleTokenizer):
         bits: D, which is also the number of channels of the canvas.
         width: channels of the convolutional encoder and decoder.
         blocks: residual blocks in each of them.
+        world: the name of the rendered world that it is for, other than the small one.
 
     Raises:
         ValueError: less than one bit.
@@ -32,11 +33,16 @@ class BitTokenizer(MultiScaleTokenizer):
     vocab_size = 2
 
     def __init__(
-        self, schedule: ScaleSchedule = DEFAULT_SCHEDULE, bits: int = 16, width: int = 128, blocks: int = 2
+        self,
+        schedule: ScaleSchedule = DEFAULT_SCHEDULE,
+        bits: int = 16,
+        width: int = 128,
+        blocks: int = 2,
+        world: str | None = None,
     ) -> None:
         if bits < 1:
             raise ValueError(f"bits must be at least 1, got {bits}")
-        super().__init__(schedule, bits, width, blocks)
+        super().__init__(schedule, bits, width, blocks, world)
         self.depth = bits
         self.config["bits"] = bits
 

@@ -37,7 +37,7 @@ class RasterTokenizer(VisualTokenizer):
             raise ValueError(f"a raster has one scale, the tokenizer has {len(grid.schedule)}: {grid.schedule.grids}")
         self.grid, self.config = grid, grid.config
         self.schedule = ScaleSchedule.raster(grid.schedule.canvas, grid.schedule.patch)
-        self.vocab_size, self.channels = grid.vocab_size, grid.channels
+        self.vocab_size, self.channels, self.world = grid.vocab_size, grid.channels, grid.world
 
     @property
     def codebook(self) -> Tensor:

@@ -48,20 +48,21 @@ class MultiScaleTokenizer(VisualTokenizer):
         channels: channels of a code vector and of the canvas, ``C``.
         width: channels of the convolutional encoder and decoder.
         blocks: residual blocks in each of them.
+        world: the name of the rendered world that it is for, other than the small one.
     """
 
     maker = MAKER  # what makes its files, for errors
     shipped: str | None = None  # its file in var_env/assets
 
-    def __init__(self, schedule: ScaleSchedule, channels: int, width: int, blocks: int) -> None:
+    def __init__(self, schedule: ScaleSchedule, channels: int, width: int, blocks: int, world: str | None) -> None:
         super().__init__()
-        self.schedule, self.channels = schedule, channels
+        self.schedule, self.channels, self.world = schedule, channels, world
         self.config = {
             "grids": [list(grid) for grid in schedule.grids],
             "patch": schedule.patch,
             "width": width,
             "blocks": blocks,
-        }
+        } | ({} if world is None else {"world": world})
         pixels = 3 * schedule.patch**2
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(schedule.patch),

@@ -19,6 +19,7 @@ class Tokenizer(MultiScaleTokenizer):
         channels: channels of a code and of the canvas, ``C``.
         width: channels of the convolutional encoder and decoder.
         blocks: residual blocks in each of them.
+        world: the name of the rendered world that it is for, other than the small one.
     """
 
     shipped: str | None = "tokenizer.safetensors"
@@ -30,8 +31,9 @@ class Tokenizer(MultiScaleTokenizer):
         channels: int = 16,
         width: int = 128,
         blocks: int = 2,
+        world: str | None = None,
     ) -> None:
-        super().__init__(schedule, channels, width, blocks)
+        super().__init__(schedule, channels, width, blocks, world)
         self.vocab_size = vocab_size
         self.config |= {"vocab_size": vocab_size, "channels": channels}
         self.codebook: Tensor
