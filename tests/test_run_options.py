@@ -41,8 +41,12 @@ def test_bad_input(changes, message):
 def test_an_agent_gets_the_schedule_with_its_own_rate(weights):  # noqa: F811
     found = comparison(weights, "--agents", "grpo", "--learning-rate", "1e-3")
     cell = found.cell("grpo", 0)
-    assert found.agent(cell).unwrapped.learning_rate == WarmupLinear(1e-3, 0.15, end=1e-3)
+    assert found.agent(cell).unwrapped.learning_rate == 1e-3
     assert found.asked(cell)["schedule"] == "constant"
+    found = comparison(
+        weights, "--agents", "grpo", "--learning-rate", "1e-3", "--schedule", "linear", "--warmup", "0.1"
+    )
+    assert found.agent(found.cell("grpo", 0)).unwrapped.learning_rate == WarmupLinear(1e-3, 0.1)
 
 
 def test_the_papers_preset():

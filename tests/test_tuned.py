@@ -7,40 +7,48 @@ from test_examples import COMPARE, module, weights  # noqa: F401 (fixtures)
 
 from agents.experiments import tune, tuned
 
+BUDGET = {"images": 1280}
 WORLD = {"base_weights": "abc", "reward": "ocr", "reward_kwargs": {}, "prompts_from": None}
 
 
 def file_of(tmp_path, **changes):
     path = tmp_path / "tuned.json"
     agents = {"grpo": {"settings": {"learning_rate": 1e-4, "temperature": 0.8}, "trials": []}}
-    path.write_text(json.dumps({"world": WORLD, "agents": agents} | changes))
+    path.write_text(json.dumps({"world": WORLD, "budget": BUDGET, "agents": agents} | changes))
     return str(path)
 
 
 class TestFile:
     def test_reads_the_settings_of_each_agent(self, tmp_path):
-        assert tuned.load(file_of(tmp_path), WORLD) == {"grpo": {"learning_rate": 1e-4, "temperature": 0.8}}
-        assert tuned.load("common", WORLD) == {}
+        assert tuned.load(file_of(tmp_path), WORLD | BUDGET) == {"grpo": {"learning_rate": 1e-4, "temperature": 0.8}}
+        assert tuned.load("common", WORLD | BUDGET) == {}
 
     def test_of_another_world(self, tmp_path):
         path = file_of(tmp_path)
         for name, value in {"base_weights": "def", "reward": "ocr_edit", "prompts_from": "cvtg"}.items():
             with pytest.raises(ValueError, match=f"found with {name}=.*and here it is {value}: tune the agents in"):
-                tuned.load(path, WORLD | {name: value})
+                tuned.load(path, WORLD | BUDGET | {name: value})
 
     def test_the_shipped_file_is_left_out_where_it_does_not_fit(self):
-        assert tuned.load(None, WORLD) == {}
+        assert tuned.load(None, WORLD | BUDGET) == {}
         with pytest.raises(ValueError, match="the shipped settings: found with base_weights="):
-            tuned.load("tuned", WORLD)
+            tuned.load("tuned", WORLD | BUDGET)
+
+    def test_the_shipped_file_of_the_nearest_budget(self):
+        found = {images: tuned.read(tuned.SHIPPED / f"images_{images}.json", "") for images in (1280, 2560)}
+        world = found[1280].world
+        assert world == found[2560].world and [file.images for file in found.values()] == [1280, 2560]
+        for images, nearest in {64: 1280, 1280: 1280, 1800: 1280, 1820: 2560, 12_800: 2560}.items():
+            assert tuned.load(None, world | {"images": images}) == found[nearest].agents
 
     @pytest.mark.parametrize("content", ["{", "[]", '{"agents": {}}', '{"world": {}, "agents": {"grpo": 3}}'])
     def test_no_such_file(self, tmp_path, content):
         path = tmp_path / "tuned.json"
         path.write_text(content)
         with pytest.raises(ValueError, match=r"tuned.json: this is no file of vartext tune"):
-            tuned.load(str(path), WORLD)
+            tuned.load(str(path), WORLD | BUDGET)
         with pytest.raises(ValueError, match=r"nowhere.json: No such file.*vartext tune writes"):
-            tuned.load(str(tmp_path / "nowhere.json"), WORLD)
+            tuned.load(str(tmp_path / "nowhere.json"), WORLD | BUDGET)
 
 
 class TestTrials:

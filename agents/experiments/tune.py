@@ -12,7 +12,8 @@ trial by mean reward on the validation prompts gives the agent's settings. No te
 
 In --out: tuned.json (the settings of each agent, with every trial), results.md (a table of the trials), report.html
 (the same with curves and images, for a browser), results.json, and a folder for each run. A call that was stopped goes
-on where it was. To make what was found the default of compare, copy tuned.json to agents/experiments/.
+on where it was. To make what was found the default of compare, copy tuned.json into agents/experiments/tuned_settings/.
+Of the files there compare takes that of the nearest budget.
 """
 
 from __future__ import annotations

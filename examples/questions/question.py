@@ -27,7 +27,7 @@ from agents.experiments.runs import Comparison
 from agents.statistics import estimate
 
 PRESETS = {
-    "quick": Preset(schedule="constant", warmup=0.15),
+    "quick": Preset(schedule="constant", warmup=0.0),
     "full": Preset(images=6400, test_prompts=512, val_prompts=128, eval_every=25),
 }
 SEEDS = {"quick": [0, 1, 2], "full": [0, 1, 2, 3, 4]}
