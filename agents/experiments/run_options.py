@@ -34,9 +34,11 @@ class Preset:
     """What all runs have in common. Every field is an option of the command line."""
 
     images: int = option(1280, "budget of each run in reward calls, one for each image decoded")
-    seconds: float = option(0.0, "cap on the training time of each run, which then is compared with none; 0 for none")
+    seconds: float = option(0.0, "cap on a run's training time; it is compared with none then; 0 for no cap", rare=True)
     learning_rate: float = option(5e-5, "AdamW's")
-    schedule: str = option("linear", "what becomes of it on the way to --images", choices=SCHEDULES)
+    schedule: str = option(
+        "linear", "what becomes of the learning rate on the way to --images", rare=True, choices=SCHEDULES
+    )
     warmup: float = option(0.1, "share of the way on which it rises from 0", rare=True)
     group_size: int = option(8, "G, images for each prompt; prefixes for each in VMR's prefix updates")
     prompts_per_update: int = option(8, "P, so that an update learns from P * G rows")
@@ -91,8 +93,8 @@ def add_settings_option(parser: Parser) -> None:
         "--settings",
         dest="tuned",
         metavar="tuned|common|FILE",
-        help="each agent's own settings as vartext tune found them, or the same for all; options that are given come "
-        "first (default: tuned where that fits the world, else common)",
+        help="each agent's own settings as vartext tune found them, or the same for all; options given come first "
+        "(default: tuned where the world has them)",
     )
 
 
@@ -105,8 +107,8 @@ def add_run_options(parser: Parser, presets: Mapping[str, Preset]) -> None:
     common = parser.add_argument_group("what all runs have in common")
     for entry in dataclasses.fields(Preset):
         values = {name: getattr(preset, entry.name) for name, preset in presets.items()}
-        same = len(set(values.values())) == 1
-        default = next(iter(values.values())) if same else ", ".join(f"{v} in {name}" for name, v in values.items())
+        names = {value: [name for name in values if values[name] == value] for value in values.values()}
+        default = ", ".join(f"{v} in {' and '.join(of)}" for v, of in names.items()) if len(names) > 1 else [*names][0]
         group = parser.rare if entry.metadata["rare"] else common
         group.add_argument(
             option_of(entry.name),

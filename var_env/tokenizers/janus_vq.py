@@ -49,6 +49,8 @@ class JanusTokenizer(RasterTokenizer):
 class JanusVQ(nn.Module):
     """transformers' ``JanusVQVAE`` as a tokenizer of one scale; what `RasterTokenizer` asks of one."""
 
+    world: str | None = None  # of photographs, and of no rendered world
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         from transformers import JanusVQVAE, JanusVQVAEConfig
 
