@@ -1,13 +1,12 @@
 """Train agents from the same base policy with the same budget and compare them on the same held-out prompts.
 
     vartext compare                                  # less than ten minutes on two cores
-    vartext compare --preset full --out runs/full    # hours: five seeds, a larger budget
+    vartext compare --preset full --out runs/full    # hours: five seeds, a larger budget; --ray for many at a time
     vartext compare --preset paper --images 6400     # the paper's batches and sampler, section 4.1
     vartext compare --agents                         # lists the agents
     vartext compare --agents grpo vmr+panw+mp stage ppo reinforce rloo
     vartext compare --agents grpo+panw --alpha 0.8 --images 6400 --out runs/panw-alone
     vartext compare --plugin my_agent.py --agents grpo mine vmr+mine
-    vartext compare --preset full --out runs/full --ray                   # many runs at a time
     tensorboard --logdir runs                                   # scalars, images and texts while it trains
 
 An agent is an algorithm and wrappers around it, joined by "+". The default is the paper's method step by step: grpo,

@@ -108,7 +108,7 @@ def add_run_options(parser: Parser, presets: Mapping[str, Preset]) -> None:
     for entry in dataclasses.fields(Preset):
         values = {name: getattr(preset, entry.name) for name, preset in presets.items()}
         names = {value: [name for name in values if values[name] == value] for value in values.values()}
-        default = ", ".join(f"{v} in {' and '.join(of)}" for v, of in names.items()) if len(names) > 1 else [*names][0]
+        default = ", ".join(f"{v} in {' and '.join(of)}" if len(names) > 1 else str(v) for v, of in names.items())
         group = parser.rare if entry.metadata["rare"] else common
         group.add_argument(
             option_of(entry.name),
