@@ -194,12 +194,20 @@ def ink_and_ground(pixels: NDArray[np.float32]) -> tuple[NDArray[np.float32], ND
     """
     border = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], 1)  # (B, 2 H + 2 W, 3)
     ground = np.median(border, 1)  # (B, 3)
+    return ground, ink_on(pixels, ground[:, None, None])[0]
+
+
+def ink_on(pixels: NDArray[np.float32], ground: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The ink's colour (B, 3) on a ground that fits the images (B, H, W, 3), see `ink_and_ground`.
+
+    With it the squared distance of the farthest `INK_PIXELS` from the ground, (B,).
+    """
     flat = pixels.reshape(len(pixels), -1, 3)  # (B, H W, 3)
-    apart = flat - ground[:, None]
+    apart = (pixels - ground).reshape(flat.shape)
     squared = np.einsum("bpc,bpc->bp", apart, apart)  # (B, H W)
-    farthest = np.partition(squared, -INK_PIXELS, axis=1)[:, -INK_PIXELS, None]  # (B, 1)
-    chosen = (squared >= 0.8**2 * farthest).astype(np.float32)
-    return ground, (chosen[:, None] @ flat)[:, 0] / chosen.sum(1, keepdims=True)
+    farthest = np.partition(squared, -INK_PIXELS, axis=1)[:, -INK_PIXELS]  # (B,)
+    chosen = (squared >= 0.8**2 * farthest[:, None]).astype(np.float32)
+    return (chosen[:, None] @ flat)[:, 0] / chosen.sum(1, keepdims=True), farthest
 
 
 def count_lines(

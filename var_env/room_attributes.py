@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from var_env.attributes import (
     COLOURS,
     INK_DISTANCE,
-    INK_PIXELS,
     NAMES,
     VALUES,
     Record,
@@ -23,6 +22,7 @@ from var_env.attributes import (
     contrast_ratio,
     count_runs,
     flags,
+    ink_on,
     nearest_colours,
     text_attributes,
 )
@@ -66,11 +66,8 @@ def room_attributes(
             for pattern, ground, second in zip(patterns, grounds, seconds, strict=True)
         ]
     )  # (B, H, W, 3)
-    apart = ((pixels - background) ** 2).sum(3).reshape(len(images), -1)  # (B, H W)
-    farthest = np.partition(apart, -INK_PIXELS, axis=1)[:, -INK_PIXELS, None]
-    chosen = (apart >= 0.8**2 * farthest).astype(np.float32)
-    ink = (chosen[:, None] @ pixels.reshape(len(images), -1, 3))[:, 0] / chosen.sum(1, keepdims=True)  # (B, 3)
-    visible = farthest[:, 0] >= INK_DISTANCE**2
+    ink, farthest = ink_on(pixels, background)  # (B, 3), (B,)
+    visible = farthest >= INK_DISTANCE**2
     inks = [name if seen else None for name, seen in zip(nearest_colours(ink), visible, strict=True)]
     towards = ink[:, None, None] - background  # (B, H, W, 3)
     near = ((pixels - background) * towards).sum(3) > (towards**2).sum(3) / 2

@@ -91,7 +91,7 @@ def draw_curves(
     """
     figure, panels = plt.subplots(2, len(columns), figsize=(5.5 * len(columns), 7), sharex="col", squeeze=False)
     agents = by_agent(runs)
-    many = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(agents)))  # in order, as values of one setting are
+    colours = agent_colours(len(agents))
     for row, metric in enumerate(("reward", "word_accuracy")):
         for column, (source, axis) in enumerate(columns):
             panel = panels[row][column]
@@ -104,8 +104,7 @@ def draw_curves(
                     )
                     curves.append(running_mean(x, y) if source == "rollout" else (x, y))
                 stopped = [run.get("stopped_at") for run in of_agent]
-                colour = f"C{i}" if len(agents) <= 4 else many[i]
-                draw_agent(panel, curves, (names or {}).get(agent, agent), colour, stopped)
+                draw_agent(panel, curves, (names or {}).get(agent, agent), colours[i], stopped)
             panel.set_title(f"{METRICS[metric]}, {SOURCES[source]}")
             panel.grid(alpha=0.3)
             panels[-1][column].set_xlabel(AXES[axis])
@@ -118,19 +117,24 @@ def draw_frontier(path: Path, out: Path, runs: Sequence[Result]) -> None:
     """Reward and word accuracy on the curves' prompts against the KL to the base policy: what each nat buys."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
     agents = by_agent(complete(runs))
-    many = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(agents)))
+    colours = agent_colours(len(agents))
     for panel, metric in zip(panels, ("reward", "word_accuracy"), strict=True):
         for i, (agent, of_agent) in enumerate(agents.items()):
             curves = [
                 read_curve(run_folder(out, agent, run["seed"]) / "progress.csv", "eval/kl", f"eval/{metric}")
                 for run in of_agent
             ]
-            draw_agent(panel, curves, agent, f"C{i}" if len(agents) <= 4 else many[i])
+            draw_agent(panel, curves, agent, colours[i])
         panel.set(title=f"{METRICS[metric]}, held-out prompts", xlabel="KL to the base policy, nats an image")
         panel.grid(alpha=0.3)
     if agents:
         panels[-1].legend(loc="lower right", fontsize="small")
     save_figure(path, figure)
+
+
+def agent_colours(count: int) -> list[Any]:
+    """A colour an agent: of a few, ones that are told apart; of many, a sequence, as values of one setting are."""
+    return [f"C{i}" for i in range(count)] if count <= 4 else list(plt.get_cmap("viridis")(np.linspace(0, 0.9, count)))
 
 
 def save_figure(path: Path, figure: Any) -> None:
@@ -176,12 +180,12 @@ def draw_repair(path: Path, out: Path, runs: Sequence[Result]) -> None:
     known = [f for f in ALL_FAMILIES if any(len(curve(f, agent, run)[0]) for agent, of in agents.items() for run in of)]
     families = known or FAMILIES
     figure, panels = plt.subplots(1, len(families), figsize=(5 * len(families), 4), sharex=True, squeeze=False)
-    many = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(agents)))
+    colours = agent_colours(len(agents))
     for panel, family in zip(panels[0], families, strict=True):
         for i, (agent, of_agent) in enumerate(agents.items()):
             found = [curve(family, agent, run) for run in of_agent]
             stopped = [run.get("stopped_at") for run in of_agent]
-            draw_agent(panel, found, agent, f"C{i}" if len(agents) <= 4 else many[i], stopped)
+            draw_agent(panel, found, agent, colours[i], stopped)
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.set(title=f"{family}: share repaired", xlabel=AXES["images"], ylim=(-0.6, 1.05))
         panel.grid(alpha=0.3)
@@ -196,12 +200,11 @@ def draw_profile(path: Path, base: Result, runs: Sequence[Result], metric: str =
     policies = {"base": [base], **by_agent(complete(runs))}
     every = np.concatenate([scores_of(of, metric).ravel() for of in policies.values()])
     thresholds = np.linspace(every.min(), every.max(), 25)
-    many = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(policies)))
+    colours = ["grey", *agent_colours(len(policies) - 1)]
     for i, (policy, of) in enumerate(policies.items()):
-        colour = "grey" if policy == "base" else f"C{i - 1}" if len(policies) <= 5 else many[i]
         share, low, high = performance_profile(scores_of(of, metric), thresholds.tolist(), n=300)
-        panel.plot(thresholds, share, color=colour, label=policy)
-        panel.fill_between(thresholds, low, high, color=colour, alpha=0.2, linewidth=0)
+        panel.plot(thresholds, share, color=colours[i], label=policy)
+        panel.fill_between(thresholds, low, high, color=colours[i], alpha=0.2, linewidth=0)
     panel.set(xlabel=f"{METRICS[metric]}, threshold", ylabel="share of prompts above it")
     panel.legend()
     panel.grid(alpha=0.3)

@@ -17,19 +17,16 @@ from matplotlib import pyplot as plt
 
 from agents import recipes
 from agents.evaluation import bootstrap_interval
-from agents.experiments import figures, html_report, output, tables
+from agents.experiments import compare, figures, html_report, output, tables
 from agents.experiments.agent_options import add_plugin_option
 from agents.experiments.cells import METRICS, Cell, Result
 from agents.experiments.options import INTERRUPTED, Parser, clear_errors, option_of
 from agents.experiments.output import require_folder, table, write_json, write_text
-from agents.experiments.run_options import Preset, add_run_options, finish
+from agents.experiments.run_options import add_run_options, finish
 from agents.experiments.runs import Comparison
 from agents.statistics import estimate
 
-PRESETS = {
-    "quick": Preset(schedule="constant", warmup=0.0),
-    "full": Preset(images=6400, test_prompts=512, val_prompts=128, eval_every=25),
-}
+PRESETS = {name: compare.PRESETS[name] for name in ("quick", "full")}
 SEEDS = {"quick": [0, 1, 2], "full": [0, 1, 2, 3, 4]}
 GOING_ON = """
 In --out: report.html, results.md, results.json, the figures, and for each run, an arm and a seed, what compare.py
